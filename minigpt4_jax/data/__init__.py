@@ -1,0 +1,1 @@
+"""From files to arrays: images, prompts, token ids, batches (no jax in here)."""

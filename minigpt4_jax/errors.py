@@ -1,0 +1,122 @@
+"""Errors a user can act on, and the wrapper that turns them into one sentence.
+
+Exit codes of every command:
+
+    0    done
+    1    the system refused (file not writable, disk full), or a bug, with traceback
+    2    InputError: a flag, an image or a prompt is wrong
+    3    ConfigError: a preset or a knob of a config is wrong
+    4    CheckpointError: a model directory or a checkpoint cannot be used
+    5    DataError: a data set cannot be used
+    130  interrupted
+"""
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+
+class MiniGPT4Error(Exception):
+    """Base of all errors below: the message says what came, what was wanted, what to do."""
+
+    exit_code = 1
+
+
+class InputError(MiniGPT4Error, ValueError):
+    """A flag, image, prompt or request cannot be used as given."""
+
+    exit_code = 2
+
+
+class ConfigError(MiniGPT4Error, ValueError):
+    """A preset or a config names something unknown or contradicts itself."""
+
+    exit_code = 3
+
+
+class CheckpointError(MiniGPT4Error, RuntimeError):
+    """A converted directory or a training checkpoint is absent, damaged or not ours."""
+
+    exit_code = 4
+
+
+class DataError(MiniGPT4Error, RuntimeError):
+    """A training or evaluation set is damaged or empty."""
+
+    exit_code = 5
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """The sentence for a name that is not in a list: nearest name first, then all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {kind} {name!r}; {hint}known: {', '.join(names) or 'none'}"
+
+
+def run(
+    main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Parse absl flags, call `main` with what is left of argv, and exit.
+
+    Errors of this file, wrong flags and refusals of the system become one sentence on
+    stderr and an exit code; `--debug` adds the traceback. Other exceptions are bugs and
+    pass through. Logs of this project go to stderr from level INFO, others from WARNING.
+
+    Args:
+        main: gets the program's name and the positional arguments; may return a code.
+        argv: program name and arguments; default `sys.argv`.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    _log_to_stderr()
+    try:
+        code = main(_parse(argv)) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130, argv)
+    except BrokenPipeError:  # `... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit complains
+        code = 0
+    except MiniGPT4Error as error:
+        code = _say(f"{type(error).__name__}: {error}", error.exit_code, argv)
+    except OSError as error:
+        code = _say(str(error), 1, argv)
+    sys.exit(code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parse flags, those of ml_collections included; return the positional arguments."""
+    from absl import app, flags  # here: a library user needs no flags
+
+    app.define_help_flags()
+    if "debug" not in flags.FLAGS:
+        flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
+    before, sys.argv = sys.argv, argv  # config_flags looks for --config.x in sys.argv
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(f"{error} (--help lists the flags)") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # What ml_collections raises for a knob or a file that is not there.
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise ConfigError(str(text)) from error
+    finally:
+        sys.argv = before
+
+
+def _say(sentence: str, code: int, argv: list[str]) -> int:
+    """Print the error being handled; return its exit code."""
+    if "--debug" in argv:
+        traceback.print_exc()
+    print(sentence, file=sys.stderr)
+    return code
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("minigpt4_jax", "convert", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
