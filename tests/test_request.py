@@ -1,0 +1,112 @@
+"""Requests are checked when made, so that nothing behind them has to."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from minigpt4_jax.errors import InputError
+from minigpt4_jax.request import GREEDY, Message, Request, Sampling, user
+
+
+def test_defaults_are_those_of_the_reference_chat():
+    assert dataclasses.asdict(Sampling()) == dict(
+        temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05, max_tokens=300
+    )
+    assert not Sampling().greedy
+
+
+def test_greedy_filters_and_penalises_nothing():
+    assert GREEDY.greedy
+    assert (GREEDY.top_k, GREEDY.top_p, GREEDY.repetition_penalty) == (0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(temperature=-0.1),
+        dict(temperature=float("nan")),
+        dict(temperature="1"),
+        dict(top_k=-1),
+        dict(top_k=1.5),
+        dict(top_k=True),
+        dict(top_p=0.0),
+        dict(top_p=1.01),
+        dict(repetition_penalty=0.0),
+        dict(repetition_penalty=float("inf")),
+        dict(max_tokens=0),
+    ],
+    ids=str,
+)
+def test_a_wrong_sampling_knob_is_named_with_its_value(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=name) as error:
+        Sampling(**wrong)
+    assert repr(value) in str(error.value)
+
+
+def test_a_message_takes_images_of_the_user_only():
+    assert user("What is it?", "a.jpg", b"png").images == ("a.jpg", b"png")
+    with pytest.raises(InputError, match="'assistant' cannot show images"):
+        Message("assistant", "Look", ("a.jpg",))
+    with pytest.raises(InputError, match="list or tuple"):
+        Message("user", "One path is not a list of paths", "a.jpg")
+
+
+def test_an_unknown_role_gets_the_nearest_one():
+    with pytest.raises(InputError, match="did you mean 'assistant'"):
+        Message("assistent", "Hello")
+
+
+def test_images_stay_out_of_the_repr_and_out_of_equality():
+    image_HWC = np.zeros((2, 2, 3), np.uint8)
+    assert "array" not in repr(user("Look", image_HWC))
+    assert user("Look", image_HWC) == user("Look", image_HWC.copy())
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "Hello",
+        ["Hello"],
+        [Message("system", "Be brief.")],
+        [user("Hello"), Message("system", "Be brief.")],
+    ],
+    ids=str,
+)
+def test_messages_that_ask_nothing_are_refused(messages):
+    with pytest.raises(InputError, match="messages"):
+        Request(messages)
+
+
+def test_an_answer_can_be_continued():
+    request = Request([user("Hello"), Message("assistant", "Hi the")])
+    assert request.messages[-1].text == "Hi the"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(stop=[""]),
+        dict(stop=[3]),
+        dict(seed=-1),
+        dict(seed=2**32),
+        dict(n=0),
+        dict(sampling={"temperature": 0}),
+        dict(id=""),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_a_request_is_named(wrong):
+    ((name, _),) = wrong.items()
+    with pytest.raises(InputError, match=name):
+        Request([user("Hello")], **wrong)
+
+
+def test_one_stop_string_need_not_be_a_list():
+    assert Request([user("Hello")], stop="END").stop == ("END",)
+
+
+def test_requests_get_ids_of_their_own():
+    assert Request([user("Hello")]).id != Request([user("Hello")]).id
