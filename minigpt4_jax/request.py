@@ -85,9 +85,6 @@ class Sampling:
         return self.temperature == 0
 
 
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-
-
 @dataclass(frozen=True)
 class Request:
     """A conversation that wants an answer.
@@ -103,7 +100,7 @@ class Request:
     """
 
     messages: Sequence[Message]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     seed: int = 0
     n: int = 1
@@ -196,3 +193,6 @@ def _check_whole(name, value, *, least, below=None):
     if not whole or value < least or (below is not None and value >= below):
         wanted = f"at least {least}" + (f" and below {below}" if below else "")
         raise InputError(f"{name}: got {value!r}, want a whole number {wanted}")
+
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
