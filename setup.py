@@ -1,0 +1,68 @@
+"""Packaging: installs `minigpt4_jax` alone, with the demo's connector and photos.
+
+`convert/ configs/ launch/ benchmarks/` are used from a clone (see README.md).
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "minigpt4_jax/__init__.py").read_text(), re.M
+).group(1)
+
+REQUIRES = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11",
+    "ml_collections>=1.1",
+    "absl-py>=2",
+    "numpy>=2",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "sentencepiece>=0.2",
+    "tqdm>=4.60",
+]
+
+# Reads the two weight packages of weights.txt; no torch, so `make demo` stays small.
+DEMO = ["gguf>=0.17", "onnx>=1.18"]
+
+# 2.6 is the first release whose `weights_only=True` is safe to rely on.
+CONVERT = [*DEMO, "torch>=2.6"]
+
+EXTRAS = {
+    "demo": DEMO,
+    "convert": CONVERT,
+    "test": [
+        *CONVERT,
+        "transformers>=5",
+        "onnxruntime>=1.20",
+        "pytest>=8",
+        "mypy>=1.15",
+        "ruff>=0.12",
+        "setuptools>=77",  # builds the wheel that tests/test_packaging.py reads
+    ],
+    "data": ["grain>=0.2", "tensorflow-datasets>=4.9"],
+    "serve": ["gradio>=6.20"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "gpu": ["jax[cuda12]>=0.10,<0.13"],
+}
+
+setup(
+    name="minigpt4-jax",
+    version=VERSION,
+    description="MiniGPT-4 in JAX: a vision-language model that talks about a photo",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["minigpt4_jax", "minigpt4_jax.*"]),
+    package_data={"minigpt4_jax": ["py.typed", "assets/**/*"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)
