@@ -1,0 +1,1 @@
+"""The model: ViT, Q-Former, projector and LLaMA decoder as Flax NNX modules."""

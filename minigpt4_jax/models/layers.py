@@ -1,0 +1,236 @@
+"""Parts that all towers share: linear, attention and its mask, norms, stacks of blocks.
+
+Weights and activations in, activations out. Dimensions beyond style.md's key: G is the
+key/value head of grouped-query attention, M any width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+BRANCHES = 256  # a segment id is example * BRANCHES + branch
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypes:
+    """Number formats of a module: stored weights, matrix products, and what it returns.
+
+    Norm statistics, softmax, rotary angles, the ViT's residual stream and logits are
+    float32 whatever is asked here.
+    """
+
+    param: str = "float32"
+    compute: str = "float32"
+    output: str = "float32"
+
+
+class Capture:
+    """Asks a forward pass to keep named intermediate values, in `values`.
+
+    Names: "vit/hidden" (L B P D), "qformer/hidden" (L B Q D),
+    "qformer/cross_attention" (L B N Q P), "llama/hidden" (L B T D); entry l of a hidden
+    state is what block l returned. Nothing else is kept, and without a Capture nothing
+    is computed for it. Make it inside the function that is jitted and return `values`.
+    """
+
+    NAMES = ("vit/hidden", "qformer/hidden", "qformer/cross_attention", "llama/hidden")
+
+    def __init__(self, *names: str):
+        unknown = set(names) - set(self.NAMES)
+        if unknown:
+            raise ValueError(
+                f"capture: got {sorted(unknown)}, want some of {self.NAMES}"
+            )
+        self.names = names
+        self.values: dict[str, jax.Array] = {}
+
+
+def wants(capture: Capture | None, name: str) -> bool:
+    """Whether `name` was asked for."""
+    return capture is not None and name in capture.names
+
+
+def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1):
+    """Multiply the last `axes` dimensions of x by a kernel's first, and add the bias.
+
+    Every product of a weight and an activation goes through here: adapters and
+    quantised weights have one place to slot in.
+
+    Args:
+        x: [..., in], `axes` trailing input dimensions.
+        kernel: [in, out], any number of output dimensions.
+        bias: [out] or None.
+    """
+    compute = jnp.dtype(dtypes.compute)
+    contract = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    y = jax.lax.dot_general(
+        x.astype(compute), kernel.astype(compute), (contract, ((), ()))
+    )
+    return y if bias is None else y + bias.astype(compute)
+
+
+class Linear(nnx.Module):
+    """Weights of `linear`: kernel [in, out] (normal, std 1/sqrt(fan in)), zero bias."""
+
+    def __init__(
+        self,
+        in_shape: int | tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        *,
+        use_bias: bool = True,
+        dtypes: DTypes,
+        rngs: nnx.Rngs,
+    ):
+        ins = (in_shape,) if isinstance(in_shape, int) else in_shape
+        outs = (out_shape,) if isinstance(out_shape, int) else out_shape
+        self.axes = len(ins)
+        self.dtypes = dtypes
+        std = 1 / math.sqrt(math.prod(ins))
+        kernel = std * jax.random.normal(rngs.params(), ins + outs, jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtypes.param))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(outs, dtypes.param))
+        self.use_bias = use_bias
+
+    def __call__(self, x):
+        bias = self.bias[...] if self.use_bias else None
+        return linear(x, self.kernel[...], bias, dtypes=self.dtypes, axes=self.axes)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last dimension: float32 inside, `output` dtype out."""
+
+    def __init__(self, width: int, eps: float, *, dtypes: DTypes):
+        self.eps = eps
+        self.dtypes = dtypes
+        self.scale = nnx.Param(jnp.ones(width, dtypes.param))
+        self.bias = nnx.Param(jnp.zeros(width, dtypes.param))
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        x = x * self.scale[...].astype(jnp.float32)
+        x = x + self.bias[...].astype(jnp.float32)
+        return x.astype(self.dtypes.output)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation: float32 statistics, `output` dtype out.
+
+    Source: modeling_llama.py casts back to the input's dtype before it multiplies by the
+    weight; here the product is float32 too, which differs only in 16-bit rounding.
+    """
+
+    def __init__(self, width: int, eps: float, *, dtypes: DTypes):
+        self.eps = eps
+        self.dtypes = dtypes
+        self.scale = nnx.Param(jnp.ones(width, dtypes.param))
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtypes.output)
+
+
+def gelu(x):
+    """The exact (erf) GELU that every tower of the reference uses."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MLP(nnx.Module):
+    """Two linear layers with GELU between them (ViT and Q-Former)."""
+
+    def __init__(self, width: int, mlp_width: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+        self.up = Linear(width, mlp_width, dtypes=dtypes, rngs=rngs)
+        self.down = Linear(mlp_width, width, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(gelu(self.up(x)))
+
+
+def attention_mask(segments_BT, positions_BT, segments_BS, positions_BS):
+    """Which positions S each position T may attend to: bool, [B T S].
+
+    Both must belong to one example, S must not come later, and S must lie in the part
+    that the example's branches share or in T's own branch. This one rule gives causal
+    text, several examples packed in a row, and captions that share an image prefix.
+
+    Args:
+        segments_BT: int32; 0 is padding, else example * BRANCHES + branch with examples
+            from 1; branch 0 is seen by all branches of its example.
+        positions_BT: int32; a branch counts on from the end of the shared part.
+    """
+    t, s = segments_BT[:, :, None], segments_BS[:, None, :]
+    same_example = t // BRANCHES == s // BRANCHES
+    visible = (s % BRANCHES == 0) | (s == t)
+    past = positions_BS[:, None, :] <= positions_BT[:, :, None]
+    return same_example & visible & past & (s > 0)
+
+
+def attend(q_BTNK, k_BSGK, v_BSGK, mask_BTS=None):
+    """Softmax attention, scaled by 1/sqrt(K), softmax in float32; N is a multiple of G."""
+    mask_B1TS = None if mask_BTS is None else mask_BTS[:, None]
+    return jax.nn.dot_product_attention(q_BTNK, k_BSGK, v_BSGK, mask=mask_B1TS)
+
+
+def attention_map(q_BTNK, k_BSNK):
+    """The probabilities that `attend` uses, float32 [B N T S]; for looking at."""
+    logits_BNTS = jnp.einsum(
+        "BTNK,BSNK->BNTS", q_BTNK, k_BSNK, preferred_element_type=jnp.float32
+    )
+    return jax.nn.softmax(logits_BNTS / math.sqrt(q_BTNK.shape[-1]), axis=-1)
+
+
+def make_stack(
+    make_block: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs
+):
+    """One block whose weights have a leading L: `length` blocks, each drawn apart."""
+
+    @nnx.split_rngs(splits=length)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return make_block(rngs)
+
+    return make(rngs)
+
+
+def unstack(blocks: nnx.Module) -> nnx.List:
+    """The same blocks as a list, each with weights of its own.
+
+    XLA:CPU copies a layer's slice out of the stack at every step of a scan, so a list
+    decodes faster there; it compiles once for each block, so training keeps the stack.
+    """
+    graphdef, state = nnx.split(blocks)
+    length = jax.tree.leaves(state)[0].shape[0]
+    return nnx.List(
+        nnx.merge(graphdef, jax.tree.map(lambda w_L: w_L[i], state))
+        for i in range(length)
+    )
+
+
+def apply_stack(blocks, step: Callable, carry, xs=None):
+    """Run `carry, y = step(block, carry, x)` over blocks; returns carry and stacked ys.
+
+    Args:
+        blocks: a stacked block (one compiled body, by scan) or a list from `unstack`.
+        xs: pytree with leading L, one entry a block (None: no input).
+    """
+    if isinstance(blocks, nnx.List):
+        ys = []
+        for i, block in enumerate(blocks):
+            carry, y = step(block, carry, jax.tree.map(lambda x_L: x_L[i], xs))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+    graphdef, state = nnx.split(blocks)
+
+    def body(carry, inputs):
+        block_state, x = inputs
+        return step(nnx.merge(graphdef, block_state), carry, x)
+
+    return jax.lax.scan(body, carry, (state, xs))

@@ -1,0 +1,251 @@
+"""MiniGPT-4: ViT -> ln_vision -> Q-Former -> projector -> slots of a LLaMA prompt."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from minigpt4_jax.errors import ConfigError, unknown
+from minigpt4_jax.models import llama as llama_lib
+from minigpt4_jax.models import qformer as qformer_lib
+from minigpt4_jax.models import vit as vit_lib
+from minigpt4_jax.models.layers import (
+    BRANCHES,
+    Capture,
+    DTypes,
+    LayerNorm,
+    Linear,
+)
+from minigpt4_jax.models.llama import Cache, Llama, LlamaConfig
+from minigpt4_jax.models.qformer import QFormer, QFormerConfig
+from minigpt4_jax.models.vit import ViT, ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniGPT4Config:
+    """A whole model: its towers, and what text must look like for its decoder."""
+
+    name: str
+    vit: ViTConfig
+    qformer: QFormerConfig | None  # None: strips of patches go to the projector
+    llama: LlamaConfig
+    template: str  # a name of data/prompts.py
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    patches_per_token: int = 4  # length of a strip, only without a Q-Former
+
+    @property
+    def num_slots(self) -> int:
+        """Image embeddings of one image."""
+        if self.qformer is not None:
+            return self.qformer.num_queries
+        return (self.vit.num_patches - 1) // self.patches_per_token
+
+    @property
+    def projector_width(self) -> int:
+        """Input width of the projector."""
+        if self.qformer is not None:
+            return self.qformer.width
+        return self.vit.width * self.patches_per_token
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "MiniGPT4Config":
+        """The reverse of `to_dict`; an unknown or absent key raises ConfigError."""
+        parts = {"vit": ViTConfig, "qformer": QFormerConfig, "llama": LlamaConfig}
+        values = dict(values)
+        for key, part in parts.items():
+            if values.get(key) is not None:
+                values[key] = _fill(part, values[key], f"preset.{key}")
+        return _fill(cls, values, "preset")
+
+
+def _fill(cls, values: dict, where: str):
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(unknown(f"key in {where}", name, known))
+    required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+    absent = [name for name in required if name not in values]
+    if absent:
+        raise ConfigError(f"{where}: {', '.join(absent)} absent; add it to the JSON")
+    lists_to_tuples = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
+    return cls(**lists_to_tuples)
+
+
+MINIGPT4_VICUNA_7B = MiniGPT4Config(
+    name="minigpt4_vicuna_7b",
+    vit=vit_lib.EVA_G,
+    qformer=qformer_lib.BLIP2,
+    llama=llama_lib.VICUNA_7B,
+    template="vicuna_v0",
+    bos_id=1,
+    eos_ids=(2,),
+)
+MINIGPT4_VICUNA_13B = dataclasses.replace(
+    MINIGPT4_VICUNA_7B, name="minigpt4_vicuna_13b", llama=llama_lib.VICUNA_13B
+)
+MINIGPT4_LLAMA2_7B = dataclasses.replace(
+    MINIGPT4_VICUNA_7B,
+    name="minigpt4_llama2_7b",
+    qformer=None,
+    llama=llama_lib.LLAMA2_7B_CHAT,
+    template="llama2",
+)
+DEMO = MiniGPT4Config(
+    name="demo",
+    vit=vit_lib.DINOV2_S,
+    qformer=qformer_lib.DEMO,
+    llama=llama_lib.SMOLLM2_135M,
+    template="chatml",
+    bos_id=1,
+    eos_ids=(2,),
+)
+PRESETS = {
+    preset.name: preset
+    for preset in (MINIGPT4_VICUNA_7B, MINIGPT4_VICUNA_13B, MINIGPT4_LLAMA2_7B, DEMO)
+}
+
+
+def preset(name: str) -> MiniGPT4Config:
+    """The preset of that name; an unknown one raises ConfigError with the nearest."""
+    if name not in PRESETS:
+        raise ConfigError(unknown("preset", name, PRESETS))
+    return PRESETS[name]
+
+
+class MiniGPT4(nnx.Module):
+    """See, query, project, talk. A tower is replaced by passing another module.
+
+    Args:
+        vit: any module that maps pixels_BHWC to patches_BPE (None: built from cfg).
+        qformer, llama: likewise; `qformer` maps patches_BPE to queries_BQD.
+    """
+
+    def __init__(
+        self,
+        cfg: MiniGPT4Config,
+        *,
+        dtypes: DTypes = DTypes(),
+        rngs: nnx.Rngs,
+        vit: nnx.Module | None = None,
+        qformer: nnx.Module | None = None,
+        llama: nnx.Module | None = None,
+    ):
+        self.cfg = cfg
+        trained = dataclasses.replace(dtypes, param="float32")
+        self.vit = vit or ViT(cfg.vit, dtypes=dtypes, rngs=rngs)
+        self.ln_vision = LayerNorm(cfg.vit.width, cfg.vit.ln_vision_eps, dtypes=dtypes)
+        if qformer is None and cfg.qformer is not None:
+            qformer = QFormer(cfg.qformer, dtypes=dtypes, rngs=rngs)
+        self.qformer = qformer
+        self.projector = Linear(
+            cfg.projector_width, cfg.llama.width, dtypes=trained, rngs=rngs
+        )
+        self.llama = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
+
+    def encode_image(self, pixels_BHWC, capture: Capture | None = None):
+        """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""
+        return self.project(self.encode_patches(pixels_BHWC, capture), capture)
+
+    def encode_patches(self, pixels_BHWC, capture: Capture | None = None):
+        """Normalised pixels -> patches_BPE: all that is frozen in every recipe."""
+        return self.ln_vision(self.vit(pixels_BHWC, capture))
+
+    def project(self, patches_BPE, capture: Capture | None = None):
+        """patches_BPE (class token first) -> image_BQD."""
+        if self.qformer is not None:
+            return self.projector(self.qformer(patches_BPE, capture))
+        return self.projector(strips(patches_BPE, self.cfg.patches_per_token))
+
+    def embed_prompt(self, ids_BT, slots_BT, image_BQD):
+        """Token embeddings with the image embeddings in the slots.
+
+        Args:
+            ids_BT: token ids; any valid id at slots.
+            slots_BT: bool; row b has as many True as image_BQD has rows of Q (fewer
+                leave the rest unused, as in a row without an image).
+        """
+        text_BTD = self.llama.embed(ids_BT)
+        return text_BTD if image_BQD is None else splice(text_BTD, image_BQD, slots_BT)
+
+    def __call__(
+        self,
+        ids_BT,
+        slots_BT=None,
+        image_BQD=None,
+        *,
+        segments_BT=None,
+        positions_BT=None,
+        cache: Cache | None = None,
+        capture: Capture | None = None,
+    ):
+        """Float32 logits_BTV, or (logits_BTV, cache) when a cache is given.
+
+        Without segments and positions a row is one causal text.
+        """
+        if segments_BT is None:
+            segments_BT = jnp.full(ids_BT.shape, BRANCHES, jnp.int32)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+        x_BTD = self.embed_prompt(ids_BT, slots_BT, image_BQD)
+        hidden_BTD, new_cache = self.llama(
+            x_BTD, segments_BT, positions_BT, cache, capture
+        )
+        logits_BTV = self.llama.logits(hidden_BTD)
+        return logits_BTV if cache is None else (logits_BTV, new_cache)
+
+    def loss(self, batch: dict, image_BQD):
+        """Mean cross-entropy over the answer tokens, and their number.
+
+        Logits are computed only where an answer token is predicted, which also lets
+        several branches be predicted from the last position they share.
+
+        Args:
+            batch: ids_BT, slots_BT, segments_BT, positions_BT; answer_ids_BA are the
+                tokens to be predicted, answer_from_BA the positions T whose hidden
+                state predicts them, loss_mask_BA which of them count.
+        """
+        x_BTD = self.embed_prompt(batch["ids_BT"], batch["slots_BT"], image_BQD)
+        hidden_BTD, _ = self.llama(x_BTD, batch["segments_BT"], batch["positions_BT"])
+        hidden_BAD = jnp.take_along_axis(
+            hidden_BTD, batch["answer_from_BA"][..., None], axis=1
+        )
+        logits_BAV = self.llama.logits(hidden_BAD)
+        log_probs_BAV = jax.nn.log_softmax(logits_BAV)
+        picked_BA = jnp.take_along_axis(
+            log_probs_BAV, batch["answer_ids_BA"][..., None], axis=-1
+        )[..., 0]
+        count = jnp.maximum(batch["loss_mask_BA"].sum(), 1)
+        return -(picked_BA * batch["loss_mask_BA"]).sum() / count, count
+
+
+def splice(text_BTD, image_BQD, slots_BT):
+    """Put image embeddings into the slots of a prompt.
+
+    Args:
+        text_BTD: token embeddings; values at slots are ignored.
+        image_BQD: image embeddings in the order of the slots.
+        slots_BT: bool, at most Q True in each row (checked on the host, data/tokens.py).
+
+    Source: the reference joins ragged lists in `MiniGPTBase.prompt_wrap`; fixed slots
+    give the same sequence with static shapes.
+    """
+    index_BT = jnp.clip(jnp.cumsum(slots_BT, axis=1) - 1, 0)
+    spread_BTD = jnp.take_along_axis(image_BQD, index_BT[..., None], axis=1)
+    return jnp.where(slots_BT[..., None], spread_BTD.astype(text_BTD.dtype), text_BTD)
+
+
+def strips(patches_BPE, length: int):
+    """Join `length` consecutive patches of a row into one vector; class token dropped.
+
+    Source: MiniGPT-4 for Llama-2 and MiniGPT-v2; a 1 x 4 strip, not a 2 x 2 square.
+    """
+    b, p, e = patches_BPE.shape
+    return patches_BPE[:, 1:].reshape(b, (p - 1) // length, length * e)
