@@ -1,0 +1,1 @@
+"""Turning published weights into directories that `minigpt4_jax` loads."""
