@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Train the demo's connector on this machine: stage 1, then stage 2 from its result.
+set -euo pipefail
+
+usage() {
+    cat <<EOF
+usage: launch/train_local.sh --data DIR --workdir DIR [--dry-run] [-- FLAG...]
+
+  --data DIR      captioned photos as tar shards: DIR/train, DIR/val
+  --workdir DIR   checkpoints and logs: DIR/stage1, DIR/stage2; outside the checkout.
+                  Run the same command again to go on where it stopped.
+  --dry-run       print the two commands, run nothing
+  -- FLAG...      more flags for both stages, as --config.batch_size=8
+
+PYTHON names the interpreter (default: .venv/bin/python of this clone).
+EOF
+}
+
+fail() {
+    printf 'train_local.sh: %s\n' "$1" >&2
+    usage >&2
+    exit 2
+}
+
+data="" workdir="" dry_run=false
+while (($#)); do
+    case $1 in
+        --data | --workdir)
+            (($# > 1)) || fail "$1 wants a folder"
+            if [[ $1 == --data ]]; then data=$2; else workdir=$2; fi
+            shift 2
+            ;;
+        --data=*) data=${1#*=}; shift ;;
+        --workdir=*) workdir=${1#*=}; shift ;;
+        --dry-run) dry_run=true; shift ;;
+        -h | --help) usage; exit 0 ;;
+        --) shift; break ;;
+        *) fail "unknown argument $1" ;;
+    esac
+done
+[[ -n $data ]] || fail "--data is missing"
+[[ -n $workdir ]] || fail "--workdir is missing"
+$dry_run || [[ -d $data ]] || fail "--data: no such folder: $data"
+
+# Relative folders are meant from where the command was typed.
+[[ $data == /* ]] || data=$PWD/$data
+[[ $workdir == /* ]] || workdir=$PWD/$workdir
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ $workdir/ != "$PWD"/* ]] || fail "--workdir lies inside the checkout: $workdir"
+
+python=${PYTHON:-.venv/bin/python}
+
+run() {
+    printf '%q ' "$@" >&2
+    printf '\n' >&2
+    $dry_run || "$@"
+}
+
+run "$python" -m minigpt4_jax.train --config configs/demo_stage1.py \
+    --workdir "$workdir/stage1" --data "$data" "$@"
+run "$python" -m minigpt4_jax.train --config configs/demo_stage2.py \
+    --workdir "$workdir/stage2" --data "$data" --config.init="$workdir/stage1" "$@"
