@@ -150,21 +150,21 @@ class MiniGPT4(nnx.Module):
         )
         self.llama = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
 
-    def encode_image(self, pixels_BHWC, capture: Capture | None = None):
+    def encode_image(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""
         return self.project(self.encode_patches(pixels_BHWC, capture), capture)
 
-    def encode_patches(self, pixels_BHWC, capture: Capture | None = None):
+    def encode_patches(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> patches_BPE: all that is frozen in every recipe."""
         return self.ln_vision(self.vit(pixels_BHWC, capture))
 
-    def project(self, patches_BPE, capture: Capture | None = None):
+    def project(self, patches_BPE, capture: Capture | None = None) -> jax.Array:
         """patches_BPE (class token first) -> image_BQD."""
         if self.qformer is not None:
             return self.projector(self.qformer(patches_BPE, capture))
         return self.projector(strips(patches_BPE, self.cfg.patches_per_token))
 
-    def embed_prompt(self, ids_BT, slots_BT, image_BQD):
+    def embed_prompt(self, ids_BT, slots_BT, image_BQD) -> jax.Array:
         """Token embeddings with the image embeddings in the slots.
 
         Args:
@@ -185,7 +185,7 @@ class MiniGPT4(nnx.Module):
         positions_BT=None,
         cache: Cache | None = None,
         capture: Capture | None = None,
-    ):
+    ) -> jax.Array | tuple[jax.Array, Cache]:
         """Float32 logits_BTV, or (logits_BTV, cache) when a cache is given.
 
         Without segments and positions a row is one causal text.
@@ -201,7 +201,7 @@ class MiniGPT4(nnx.Module):
         logits_BTV = self.llama.logits(hidden_BTD)
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
-    def loss(self, batch: dict, image_BQD):
+    def loss(self, batch: dict, image_BQD) -> tuple[jax.Array, jax.Array]:
         """Mean cross-entropy over the answer tokens, and their number.
 
         Logits are computed only where an answer token is predicted, which also lets

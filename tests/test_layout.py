@@ -1,0 +1,268 @@
+"""The one-way import rules (ARCHITECTURE.md), and what `import minigpt4_jax` costs."""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minigpt4_jax
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("minigpt4_jax", "convert", "configs", "benchmarks", "examples")
+OURS = {*FOLDERS, "tests"}
+SOURCES = sorted(
+    str(path.relative_to(ROOT))
+    for name in FOLDERS
+    for path in ROOT.glob(f"{name}/**/*.py")
+)
+
+NET = {"jax", "flax", "numpy"}
+FILES = {"numpy", "safetensors", "ml_dtypes"}
+TEXT = {"tokenizers", "sentencepiece"}
+ERRORS = r"minigpt4_jax\.errors"
+REQUEST = r"minigpt4_jax\.request"
+MODELS = r"minigpt4_jax\.models\.\w+"
+DATA = r"minigpt4_jax\.data\.\w+"
+PACKAGE = r"minigpt4_jax\.[\w.]+"
+
+# File, packages it may import, modules of ours it may import; the first match wins. A
+# file that matches no row needs a room: a row here and a line in ARCHITECTURE.md.
+ROOMS = (
+    (
+        r"minigpt4_jax/__init__",
+        set(),
+        PACKAGE,
+    ),  # names for type checkers; lazy at run time
+    (r".*/__init__", set(), r""),
+    (r"minigpt4_jax/errors", {"absl"}, r""),
+    (r"minigpt4_jax/request", set(), rf"{ERRORS}"),
+    (r"minigpt4_jax/models/layers", NET, rf"{ERRORS}"),
+    (
+        r"minigpt4_jax/models/(vit|qformer|llama)",
+        NET,
+        rf"{ERRORS}|minigpt4_jax\.models\.layers",
+    ),
+    (r"minigpt4_jax/models/minigpt4", NET, rf"{ERRORS}|{MODELS}"),
+    (r"minigpt4_jax/data/images", {"numpy", "PIL"}, rf"{ERRORS}"),
+    (r"minigpt4_jax/data/tokens", {"numpy", *TEXT}, rf"{ERRORS}|{DATA}"),
+    (
+        r"minigpt4_jax/data/\w+",
+        {"numpy", "PIL", "grain"},
+        rf"{ERRORS}|{REQUEST}|{DATA}",
+    ),
+    (r"minigpt4_jax/sharding", NET, rf"{ERRORS}"),
+    (r"minigpt4_jax/optim", {*NET, "optax"}, rf"{ERRORS}"),
+    (r"minigpt4_jax/sampling", NET, rf"{ERRORS}|{REQUEST}"),
+    (
+        r"minigpt4_jax/checkpoint",
+        {*NET, *FILES, "orbax"},
+        rf"{ERRORS}|{MODELS}|minigpt4_jax\.sharding",
+    ),
+    (r"minigpt4_jax/evaluation/\w+", {"numpy"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
+    (
+        r"minigpt4_jax/\w+",  # step, train; generator, generate, chat
+        {*NET, "optax", "orbax", "PIL", "absl", "ml_collections", "tqdm"},
+        PACKAGE,
+    ),
+    (r"convert/torch_files", {"numpy", "torch"}, rf"{ERRORS}|convert\.\w+"),
+    (
+        r"convert/\w+",
+        {*NET, *FILES, *TEXT, "gguf", "onnx", "google", "absl", "tqdm"},
+        rf"convert\.\w+|{PACKAGE}",
+    ),
+    (r"configs/\w+", {"ml_collections"}, r""),
+    (
+        r"benchmarks/\w+",
+        {*NET, "torch", "transformers", "gguf", "onnxruntime", "absl"},
+        rf"benchmarks\.\w+|convert\.\w+|minigpt4_jax|{PACKAGE}",
+    ),
+    (r"examples/\w+", {*NET, "PIL"}, rf"minigpt4_jax|{PACKAGE}"),
+)
+
+
+def offences(source: str, text: str) -> list[str]:
+    """The imports of a file that its room does not allow, or the lack of a room."""
+    room = next((r for r in ROOMS if re.fullmatch(rf"{r[0]}\.py", source)), None)
+    if room is None:
+        return [f"{source}: no room in ROOMS"]
+    _, packages, ours = room
+    found = []
+    for line, module in imports(text):
+        package = module.partition(".")[0]
+        if package in OURS:
+            allowed = re.fullmatch(ours, module)
+        else:
+            allowed = package in packages or package in sys.stdlib_module_names
+        if not allowed:
+            found.append(f"{source}:{line} imports {module}")
+    return found
+
+
+def imports(text: str) -> list[tuple[int, str]]:
+    """Line and full name of every module imported, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (
+                node.module or ""
+            )  # a relative one matches no rule
+            found += [(node.lineno, _module(base, alias.name)) for alias in node.names]
+    return found
+
+
+def _module(base: str, name: str) -> str:
+    """`from base import name` reaches the module base.name where there is one."""
+    inner = ROOT / base.replace(".", "/") / name
+    is_module = inner.with_suffix(".py").exists() or (inner / "__init__.py").exists()
+    return f"{base}.{name}" if is_module else base
+
+
+def run_python(code: str) -> dict:
+    """What a fresh interpreter prints, as JSON."""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_file_imports_only_what_its_room_may(source):
+    assert offences(source, (ROOT / source).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("minigpt4_jax/models/vit.py", "import torch"),
+        ("minigpt4_jax/models/vit.py", "from minigpt4_jax.models import llama"),
+        ("minigpt4_jax/models/vit.py", "from . import layers"),
+        ("minigpt4_jax/models/layers.py", "from minigpt4_jax.sharding import place"),
+        ("minigpt4_jax/data/images.py", "def f():\n    import jax.numpy"),
+        ("minigpt4_jax/generator.py", "from convert import demo"),
+        ("minigpt4_jax/generator.py", "from minigpt4_jax import Request"),
+        ("minigpt4_jax/train.py", "import transformers"),
+        ("convert/llama.py", "from torch import nn"),
+        ("configs/demo_stage1.py", "from minigpt4_jax import optim"),
+        ("minigpt4_jax/newcomer/file.py", ""),
+    ],
+)
+def test_an_import_against_the_rules_is_found(source, text):
+    assert offences(source, text) != []
+
+
+def test_no_file_imports_a_command():
+    commands = {
+        source.removesuffix(".py").replace("/", ".")
+        for source in SOURCES
+        if re.search(r"^def main\(", (ROOT / source).read_text(), re.MULTILINE)
+    }
+    assert "minigpt4_jax.train" in commands
+    importers = [
+        f"{source}:{line} imports {module}"
+        for source in SOURCES
+        for line, module in imports((ROOT / source).read_text())
+        if module in commands and not source.startswith("benchmarks/")
+    ]
+    assert importers == []
+
+
+def test_every_folder_of_the_package_is_installed():
+    folders = {path.parent for path in (ROOT / "minigpt4_jax").glob("**/*.py")}
+    assert [f for f in sorted(folders) if not (f / "__init__.py").exists()] == []
+
+
+def test_import_is_quick_and_starts_no_jax():
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import minigpt4_jax
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
+"""
+    runs = [run_python(code) for _ in range(3)]
+    assert min(run["seconds"] for run in runs) < 0.5
+    assert {"jax", "flax", "numpy"}.isdisjoint(runs[0]["modules"])
+
+
+def test_the_whole_package_imports_without_network_torch_or_output():
+    code = """
+import json, pkgutil, socket, sys
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("network at import")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
+
+import minigpt4_jax
+names = [m.name for m in pkgutil.walk_packages(minigpt4_jax.__path__, "minigpt4_jax.")]
+for name in names:
+    __import__(name)
+print(json.dumps({"names": names, "modules": sorted(sys.modules)}))
+"""
+    result = run_python(code)  # anything printed besides would not be JSON
+    assert "minigpt4_jax.models.llama" in result["names"]
+    heavy = {"torch", "transformers", "tensorflow", "onnx", "gguf", "convert"}
+    assert heavy.isdisjoint(result["modules"])
+
+
+def test_every_public_name_is_there():
+    assert sorted(minigpt4_jax.__all__) == list(minigpt4_jax.__all__)
+    assert set(minigpt4_jax.__all__) <= set(dir(minigpt4_jax))
+    assert [n for n in minigpt4_jax.__all__ if not hasattr(minigpt4_jax, n)] == []
+    with pytest.raises(AttributeError, match="Generatr"):
+        _ = minigpt4_jax.Generatr
+
+
+def test_type_checkers_see_the_public_names():
+    text = (ROOT / "minigpt4_jax/__init__.py").read_text()
+    checked = [
+        alias.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("minigpt4_jax")
+        for alias in node.names
+    ]
+    assert sorted(checked) == minigpt4_jax.__all__
+    assert (ROOT / "minigpt4_jax/py.typed").exists()
+
+
+@pytest.mark.parametrize("name", minigpt4_jax.__all__)
+def test_the_public_api_is_typed(name):
+    for method in public_methods(getattr(minigpt4_jax, name)):
+        signature = inspect.signature(method)
+        bare = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty
+            and parameter.name != "self"
+            # The suffix of an array's name says more than an annotation would.
+            and not re.search(r"_[A-Z]+$", parameter.name)
+        ]
+        assert bare == [], f"{method.__qualname__}: {bare}"
+        if method.__name__ != "__init__":
+            returns = signature.return_annotation
+            assert returns is not signature.empty, (
+                f"{method.__qualname__}: no return type"
+            )
+
+
+def public_methods(cls: type) -> list:
+    """Functions of our own that a caller of a class may call, properties included."""
+    members = [(n, getattr(m, "fget", m)) for n, m in inspect.getmembers(cls)]
+    return [
+        inspect.unwrap(member)
+        for name, member in members
+        if (not name.startswith("_") or name in ("__init__", "__call__"))
+        and inspect.getmodule(inspect.unwrap(member)) is not None
+        and inspect.isroutine(member)
+        and (inspect.getmodule(member).__name__ or "").startswith("minigpt4_jax")
+    ]
