@@ -1,0 +1,610 @@
+"""Conversation texts of the demo's stage 2: a photo's human captions -> (question, answer).
+
+Nothing is invented: an answer is a caption, several captions, or a short sentence about
+something on which the captions agree. "No" is said only when no caption has a word that
+even hints at the thing, and a question is dropped as soon as two captions disagree.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Turn = tuple[str, str]
+Captions = list[list[str]]  # the words of each caption
+
+ONE_SENTENCE = "Describe this image in one sentence."
+PARAPHRASES = (
+    "Briefly describe this image.",
+    "What is shown in this picture?",
+    "Write a short caption for this photo.",
+    "What do you see in the image?",
+    "Summarize this image in a few words.",
+)
+# The first four are the reference's prompts/alignment.txt.
+IN_DETAIL = (
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+IS_THERE = (
+    "Is there {} in the image?",
+    "Do you see {} in this picture?",
+    "Can you see {} in the photo?",
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that yes-or-no questions ask for.
+
+    one, many: words that name it; a "yes" needs them in `least` captions.
+    hints: beginnings of words that forbid a "no", beside one and many.
+    rate: share of the photos without it that ask for it, set so that the training
+        photos give as many "no" as "yes": the question alone does not tell the answer.
+    unless: beginnings of words that forbid a "yes".
+    """
+
+    name: str
+    one: str
+    many: str
+    hints: str
+    rate: float
+    least: int = 2
+    unless: str = ""
+
+    @property
+    def words(self) -> frozenset[str]:
+        return frozenset(f"{self.one} {self.many}".split())
+
+
+_PET = "animal pet creature canine"
+_DOG = (
+    "dog pup pood retriev terrier shep hound greyh collie lab husk beagle bull dachs "
+    "corgi dalm box pug chihuahua rott dober spaniel mutt pooch mastiff setter whippet"
+)
+_ANYONE = (
+    "person people human someone somebody they their them who couple famil crowd group "
+    "team band others pair friend spectat audience onlook stranger pedestrian tourist "
+    "traffic parade market vehicle adult member police"
+)
+_MALE = "man men guy gentlem male he his him father dad husband groom brother cowboy"
+_FEMALE = "woman women lad female she her mother mom wife bride sister bikini"
+_YOUNG = "child kid toddler baby babies infant teen youth student school class scout"
+_LAKE = "water lake river ocean sea pond pool beach shore dock harbor bay canal pier"
+
+THINGS = (
+    Thing("a dog", "dog puppy", "dogs puppies", f"{_DOG} {_PET} it", 0.23),
+    Thing("a cat", "cat kitten", "cats kittens", f"kitt felin tabby {_PET} it", 0.0022),
+    Thing(
+        "a horse",
+        "horse pony",
+        "horses ponies",
+        f"horse pony ponies colt rodeo jockey equest polo saddle carriage donkey bronc "
+        f"cowboy mule bull mare hoof {_PET}",
+        0.0071,
+    ),
+    Thing(
+        "a bird",
+        "bird seagull duck parrot pigeon eagle",
+        "birds seagulls ducks parrots pigeons eagles",
+        f"bird seag gull duck goose geese swan parrot pigeon eagle hawk owl flamingo "
+        f"pelican penguin heron crane chick roost fowl wing feather sky fly flies {_PET}",
+        0.0084,
+    ),
+    Thing(
+        "a man",
+        "man guy gentleman",
+        "men guys gentlemen",
+        f"{_MALE} {_ANYONE} boy leash street city",
+        0.6,
+        least=3,
+    ),
+    Thing(
+        "a woman",
+        "woman lady",
+        "women ladies",
+        f"{_FEMALE} {_ANYONE} girl leash street city",
+        0.24,
+        least=3,
+    ),
+    Thing("a boy", "boy", "boys", f"{_MALE} {_YOUNG} {_ANYONE} boy son", 0.34, least=3),
+    Thing(
+        "a girl",
+        "girl",
+        "girls",
+        f"{_FEMALE} {_YOUNG} {_ANYONE} girl daughter",
+        0.25,
+        least=3,
+    ),
+    Thing(
+        "a ball",
+        "ball",
+        "balls",
+        "ball foot basket base volley soccer tennis golf hockey rugby polo cricket "
+        "lacrosse croquet bowl game play sport toy object something juggl catch throw "
+        "toss kick bat racket racquet team match field court",
+        0.056,
+    ),
+    Thing(
+        "a bicycle",
+        "bicycle bike",
+        "bicycles bikes",
+        "bicy bik bmx cycl tricy motor moto pedal rid wheel race street city parking",
+        0.021,
+        unless="motor moto dirt scooter quad atv engine rac",
+    ),
+    Thing(
+        "a motorcycle",
+        "motorcycle motorbike",
+        "motorcycles motorbikes",
+        "motor moto bik cycl scooter dirtbike atv rid wheel rac street city parking",
+        0.011,
+    ),
+    Thing(
+        "a car",
+        "car",
+        "cars",
+        "car vehicle automobile truck van taxi cab suv jeep bus traffic street road "
+        "city parking park driv rac ralli garage highway wheel intersection crowd sidewalk "
+        "building store shop",
+        0.015,
+    ),
+    Thing(
+        "a boat",
+        "boat canoe kayak sailboat",
+        "boats canoes kayaks sailboats",
+        f"boat canoe kayak raft sail ship ferr gondola yacht paddl row tub {_LAKE}",
+        0.011,
+    ),
+    Thing(
+        "snow",
+        "snow",
+        "",
+        "snow ski ic sled winter blizzard glacier mountain cold froz frost white slope "
+        "hockey sleigh",
+        0.041,
+    ),
+    Thing(
+        "a skateboard",
+        "skateboard",
+        "skateboards",
+        "skat board longboard ramp trick half",
+        0.012,
+    ),
+    Thing(
+        "a guitar",
+        "guitar",
+        "guitars",
+        "guitar music instrument band bass banjo ukulele string sing song play stage",
+        0.0031,
+    ),
+)
+
+COMMON = 0.35  # share kept of the answers "One." and "A dog.", else most of all answers
+
+PEOPLE_ONE = frozenset("man woman boy girl person child kid lady guy toddler".split())
+PEOPLE_MANY = frozenset("men women boys girls people children kids ladies guys".split())
+MALE = frozenset("man men guy guys boy boys".split())
+FEMALE = frozenset("woman women lady ladies girl girls".split())
+DOG_ONE = frozenset("dog puppy".split())
+DOG_MANY = frozenset("dogs puppies".split())
+NUMBERS = {
+    word: number
+    for number, word in enumerate("zero one two three four five six seven".split())
+}
+# After these a count is a guess.
+VAGUE = frozenset(
+    "group crowd couple pair family team others some several many few lot bunch "
+    "audience spectators onlookers band class another's friends various".split()
+)
+# Words ending as names of people do ("skier", "cyclist") that are not people.
+NOT_PEOPLE = frozenset(
+    "water over under another other after her soccer together older younger river for "
+    "outdoors outdoor indoors indoor winter summer flower flowers floor floors number "
+    "numbers sweater sweaters or paper papers door doors silver leather smaller larger "
+    "bigger corner counter color colors center summer underwater sprinkler sprinklers "
+    "shoulder shoulders finger fingers mirror ladder pier rubber shower barrier tower "
+    "meter boulder waters motor newspaper retriever terrier german border".split()
+)
+
+COLORS = frozenset(
+    "black white brown red blue green yellow orange pink purple gray grey tan".split()
+)
+COLORED = "dog shirt jacket hat dress coat ball helmet car bike bicycle horse".split()
+ANIMALS = {
+    "dog": "dog dogs puppy puppies",
+    "cat": "cat cats kitten kittens",
+    "horse": "horse horses",
+    "bird": "bird birds seagull seagulls",
+    "cow": "cow cows",
+    "elephant": "elephant elephants",
+    "sheep": "sheep",
+    "giraffe": "giraffe giraffes",
+    "zebra": "zebra zebras",
+    "bear": "bear bears",
+    "monkey": "monkey monkeys",
+}
+# A "toy dog" or a "dog house" is no dog.
+BEFORE_FALSE = frozenset(
+    "toy stuffed fake plush inflatable model hot teddy no without paper plastic cardboard "
+    "painted wooden metal bronze pool parking rocking sports".split()
+)
+AFTER_FALSE = frozenset(
+    "costume statue statues mask masks park house path rack track tracks station show "
+    "race races pen toy toys food stop door seat lot sculpture suit bath trailer sled "
+    "ride like toss pit game court player players team head heads scouts scout shaped "
+    "themed field uniform jersey handler hole tire wheel ramp balloon wash carrier "
+    "trail lane shop s bed collar leash cap helmet jump hoop course print bike case "
+    "strings glove bat angel suit suits ball machine boots pants covered".split()
+)
+
+# The first noun of a caption, its verb, and the rest, as written.
+ACTION = re.compile(
+    r"(?:a|an|the|one|two|three|four|five|some)(?: [a-z]+){0,3}? "
+    r"(?P<subject>dogs?|man|woman|boy|girl|men|women|boys|girls|people|children|person)"
+    r" (?P<is>is |are )?(?P<verb>[a-z]+)(?P<rest>[^.]*)\.",
+    re.IGNORECASE,
+)
+# Words between article and noun that make the noun another one's attribute or object.
+NOT_ADJECTIVE = frozenset(
+    "in on of with by at and to near from for is are while who that his her its the a "
+    "an as over through into".split()
+)
+PRESENT = {
+    verb: participle
+    for verb, participle in (
+        pair.split(":")
+        for pair in "runs:running jumps:jumping walks:walking sits:sitting "
+        "stands:standing plays:playing holds:holding rides:riding leaps:leaping "
+        "climbs:climbing carries:carrying catches:catching swims:swimming "
+        "throws:throwing chases:chasing slides:sliding performs:performing "
+        "kicks:kicking pulls:pulling lies:lying looks:looking".split()
+    )
+}
+# They say how somebody looks, or end in -ing without being an action.
+NOT_ACTIONS = frozenset(
+    "wearing being having doing going getting including belonging evening morning".split()
+)
+
+
+def dialogues(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    """All texts of one photo: one sentence for each caption, in detail, short questions."""
+    return [
+        *one_sentence(captions, rng),
+        *in_detail(captions, rng),
+        *short_questions(captions, rng),
+    ]
+
+
+def one_sentence(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    """Each caption once as the answer; every other question is ONE_SENTENCE itself."""
+    return [
+        (ONE_SENTENCE if rng.random() < 0.5 else _pick(PARAPHRASES, rng), tidy(caption))
+        for caption in dict.fromkeys(captions)
+    ]
+
+
+def in_detail(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    """Two to four captions that add to one another, or [] where they all say the same.
+
+    Captions that disagree with most others or with a chosen one (how many people or
+    dogs, man or woman, the dog's colour) are left out.
+    """
+    left = _consensus(list(dict.fromkeys(captions)))
+    chosen: list[str] = []
+    said: set[str] = set()
+    while left and len(chosen) < 4:
+        new = [len(_content(caption) - said) for caption in left]
+        best = int(np.argmax(new))
+        caption = left.pop(best)
+        content = _content(caption)
+        if chosen and (new[best] < 2 or new[best] < 0.4 * len(content)):
+            continue
+        if any(_contradict(caption, other) for other in chosen):
+            continue
+        chosen.append(caption)
+        said |= content
+    if len(chosen) < 2:
+        return []
+    return [(_pick(IN_DETAIL, rng), " ".join(tidy(caption) for caption in chosen))]
+
+
+def short_questions(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    """Questions with an answer of a few words on which the captions agree."""
+    if len(captions) < 4:  # too few to speak of agreement
+        return []
+    texts = [words(caption) for caption in captions]
+    return [
+        *_is_there(texts, rng),
+        *_which_animal(texts, rng),
+        *_how_many(texts, rng),
+        *_which_color(texts, rng),
+        *_doing_what(captions, rng),
+    ]
+
+
+def tidy(caption: str) -> str:
+    """The caption with single spaces, a capital first letter and a full stop."""
+    text = re.sub(r"\s+([.,!?])", r"\1", " ".join(caption.split())).rstrip(" ,;")
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def words(caption: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", caption.lower())
+
+
+def _is_there(texts: Captions, rng: np.random.Generator) -> list[Turn]:
+    turns = []
+    seen = [thing for thing in THINGS if _seen(thing, texts)]
+    if seen:
+        thing = seen[rng.integers(len(seen))]
+        plural = _agree(_plural(thing, text) for text in texts)
+        if plural is not None:
+            name = thing.many.split()[0] if plural else thing.name
+            answer = f"Yes, there {'are' if plural else 'is'} {name}."
+            turns.append((_pick(IS_THERE, rng).format(thing.name), answer))
+    for thing in THINGS:
+        if not _hinted(thing, texts) and rng.random() < thing.rate:
+            answer = f"No, there is no {thing.name.removeprefix('a ')}."
+            turns.append((_pick(IS_THERE, rng).format(thing.name), answer))
+    return turns
+
+
+def _which_animal(texts: Captions, rng: np.random.Generator) -> list[Turn]:
+    named = {
+        animal: sum(bool(_places(text, frozenset(names.split()))) for text in texts)
+        for animal, names in ANIMALS.items()
+    }
+    present = [animal for animal, count in named.items() if count]
+    if len(present) != 1 or named[present[0]] < 3:
+        return []
+    (animal,) = present
+    plural = animal if animal == "sheep" else animal + "s"
+    one, many = frozenset({animal}), frozenset({plural})
+    if animal == "dog":
+        one, many = DOG_ONE, DOG_MANY
+    number = _agreed_number(texts, one, many)
+    if number is None or (animal == "dog" and number == 1 and rng.random() > COMMON):
+        return []
+    article = "An" if animal[0] in "aeiou" else "A"
+    count = _spelled(number).capitalize()
+    answer = f"{article} {animal}." if number == 1 else f"{count} {plural}."
+    return [("What animal is in the image?", answer)]
+
+
+def _how_many(texts: Captions, rng: np.random.Generator) -> list[Turn]:
+    turns = []
+    for name, one, many in (
+        ("people", PEOPLE_ONE, PEOPLE_MANY),
+        ("dogs", DOG_ONE, DOG_MANY),
+    ):
+        if name == "people" and any(_unlisted_people(text) for text in texts):
+            continue
+        number = _agreed_number(texts, one, many)
+        if number is not None and (number > 1 or rng.random() < COMMON):
+            answer = _spelled(number).capitalize() + "."
+            turns.append((f"How many {name} are in the image?", answer))
+    return turns
+
+
+def _which_color(texts: Captions, rng: np.random.Generator) -> list[Turn]:
+    turns = []
+    for noun in COLORED:
+        colors = [_color(text, noun) for text in texts]
+        said = [color for color in colors if color]
+        several = any(noun + "s" in text or text.count(noun) > 1 for text in texts)
+        if len(said) >= 2 and len(set(said)) == 1 and not several:
+            color = " and ".join(said[0])
+            turns.append((f"What color is the {noun}?", f"The {noun} is {color}."))
+    if len(turns) > 1:
+        turns = [turns[rng.integers(len(turns))]]
+    return turns
+
+
+def _doing_what(captions: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+    texts = [words(caption) for caption in captions]
+    turns = []
+    for caption in captions:
+        match = ACTION.fullmatch(tidy(caption))
+        if match is None or len(caption.split()) > 18:
+            continue
+        subject, verb = match["subject"].lower(), match["verb"].lower()
+        before = words(caption[: match.start("subject")])[1:]
+        if NOT_ADJECTIVE & set(before) or sum(subject in text for text in texts) < 3:
+            continue
+        plural = subject.endswith("s") or subject in ("men", "women", "people")
+        plural |= subject == "children"
+        if not plural and any(_several(text, subject) for text in texts):
+            continue  # "the man" would not say which one
+        if match["is"] is None:
+            verb = PRESENT.get(verb, "")
+            if re.search(r" (and|then) [a-z]+s\b", match["rest"]):
+                continue  # "is running and jumps"
+        if not verb.endswith("ing") or verb in NOT_ACTIONS:
+            continue
+        be = "are" if plural else "is"
+        rest = match["rest"].rstrip(" ,")
+        answer = f"The {subject} {be} {verb}{rest}."
+        turns.append((f"What {be} the {subject} doing?", answer))
+    return [turns[rng.integers(len(turns))]] if turns else []
+
+
+def _seen(thing: Thing, texts: Captions) -> bool:
+    unless = tuple(thing.unless.split())
+    if any(word.startswith(unless) for text in texts for word in text if unless):
+        return False
+    return sum(bool(_places(text, thing.words)) for text in texts) >= thing.least
+
+
+def _hinted(thing: Thing, texts: Captions) -> bool:
+    beginnings = tuple(f"{thing.one} {thing.many} {thing.hints}".split())
+    short = {"it", "he", "she", "his", "her", "him", "who", "man", "men", "cat", "son"}
+    for text in texts:
+        for word in text:
+            if any(
+                word == start if start in short else word.startswith(start)
+                for start in beginnings
+            ):
+                return True
+        if thing.name in ("a man", "a woman", "a boy", "a girl"):
+            if any(_may_be_person(word) for word in text):
+                return True
+    return False
+
+
+def _may_be_person(word: str) -> bool:
+    """Ends like a skier, cyclist, sailor or policeman, and is not a listed person."""
+    if word in NOT_PEOPLE or word in PEOPLE_ONE or word in PEOPLE_MANY:
+        return False
+    return re.search(r"(er|or|ist|man)s?$|men$|^athlet|^team", word) is not None
+
+
+def _unlisted_people(text: list[str]) -> bool:
+    more = {"baby", "couple", "adult", "adults", "male", "female", "someone", "family"}
+    return bool(more & set(text)) or any(_may_be_person(word) for word in text)
+
+
+def _places(text: list[str], names: Iterable[str]) -> list[int]:
+    """Where a caption names something, toys and dog houses left out."""
+    return [
+        i
+        for i, word in enumerate(text)
+        if word in names
+        and not BEFORE_FALSE.intersection(text[max(i - 1, 0) : i])
+        and not AFTER_FALSE.intersection(text[i + 1 : i + 2])
+    ]
+
+
+def _plural(thing: Thing, text: list[str]) -> bool | None:
+    places = _places(text, thing.words)
+    if not places:
+        return None
+    return len(places) == 1 and text[places[0]] in thing.many.split()
+
+
+def _number(
+    text: list[str], one: frozenset[str], many: frozenset[str]
+) -> tuple[int | None, bool]:
+    """(how many a caption counts, whether by a number word); None where it is vague."""
+    total, spelled = 0, False
+    for i, word in enumerate(text):
+        if word not in one and word not in many:
+            continue
+        start = next(
+            (j for j in range(i - 1, max(i - 6, -1), -1) if _determines(text[j])), None
+        )
+        first = "a" if start is None and i <= 2 else start and text[start]
+        if start == 0:
+            first = text[0]
+        between = text[(start or 0) + 1 : i] if start is not None else []
+        if first is None or NOT_ADJECTIVE & (set(between) - {"and"}):
+            return None, False
+        if first in ("the", "one") and total:
+            return None, False  # may be one that was counted before
+        if word in many:
+            if NUMBERS.get(first, 0) < 2:
+                return None, False
+            total, spelled = total + NUMBERS[first], True
+        elif NUMBERS.get(first, 1) != 1:
+            return None, False
+        else:
+            total += 1
+    return (total or None), spelled
+
+
+def _agreed_number(
+    texts: Captions, one: frozenset[str], many: frozenset[str]
+) -> int | None:
+    """The number that three captions give and none contradicts.
+
+    Above one, two captions must spell it ("two", "three"); one needs every caption.
+    """
+    if any(VAGUE & set(text) for text in texts):
+        return None
+    counts = [_number(text, one, many) for text in texts]
+    known = [number for number, _ in counts if number is not None]
+    if len(known) < 3 or len(set(known)) > 1:
+        return None
+    if known[0] == 1:
+        return 1 if len(known) == len(texts) else None
+    return known[0] if sum(spelled for _, spelled in counts) >= 2 else None
+
+
+def _determines(word: str) -> bool:
+    return word in NUMBERS or word in ("a", "an", "the", "another", "his", "her", "its")
+
+
+def _spelled(number: int) -> str:
+    return {value: word for word, value in NUMBERS.items()}.get(number, str(number))
+
+
+def _color(text: list[str], noun: str) -> tuple[str, ...]:
+    """The colours just before a noun, in alphabetical order; () where there is none."""
+    colors = []
+    for i in _places(text, {noun}):
+        for word in reversed(text[:i]):
+            if word in COLORS:
+                colors.append("gray" if word == "grey" else word)
+            elif word != "and" and (colors or word in NOT_ADJECTIVE):
+                break
+            elif word != "and" and _determines(word):
+                break
+    return tuple(sorted(set(colors)))
+
+
+def _several(text: list[str], subject: str) -> bool:
+    plural = {"man": "men", "woman": "women", "person": "people"}
+    other = {"another", "other", "others", "two", "three", "group", "couple", "people"}
+    return (
+        text.count(subject) > 1
+        or plural.get(subject, subject + "s") in text
+        or bool(other & set(text))
+    )
+
+
+def _consensus(captions: list[str]) -> list[str]:
+    """Without the captions that contradict at least half of the others."""
+    return [
+        caption
+        for caption in captions
+        if 2 * sum(_contradict(caption, other) for other in captions)
+        < max(len(captions) - 1, 1)
+    ]
+
+
+def _contradict(caption: str, other: str) -> bool:
+    ours, theirs = words(caption), words(other)
+    numbers = [_number(text, PEOPLE_ONE, PEOPLE_MANY)[0] for text in (ours, theirs)]
+    if None not in numbers:
+        if numbers[0] != numbers[1]:
+            return True
+        male, female = (
+            [bool(sex & set(text)) for text in (ours, theirs)] for sex in (MALE, FEMALE)
+        )
+        if male[0] != male[1] and female[0] != female[1] and male[0] != female[0]:
+            return True
+    numbers = [_number(text, DOG_ONE, DOG_MANY)[0] for text in (ours, theirs)]
+    if None not in numbers and numbers[0] != numbers[1]:
+        return True
+    colors = _color(ours, "dog"), _color(theirs, "dog")
+    return all(colors) and colors[0] != colors[1]
+
+
+def _content(caption: str) -> set[str]:
+    """Words that carry meaning, with the plainest endings and synonyms removed."""
+    same = {"guy": "man", "lady": "woman", "kid": "child", "bike": "bicycle"}
+    filler = "a an the is are in on of with by at and to it its his her their while"
+    stems = {re.sub(r"(ing|es|s|ed)$", "", word) for word in words(caption)}
+    return {same.get(stem, stem) for stem in stems} - set(filler.split()) - {"", "i"}
+
+
+def _agree(values: Iterable[bool | None]) -> bool | None:
+    known = {value for value in values if value is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+    return choices[rng.integers(len(choices))]
