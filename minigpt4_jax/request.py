@@ -39,6 +39,13 @@ class Message:
             raise InputError(
                 f"text of a message: got {type(self.text).__name__}, want str"
             )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text of a message: character {error.start} is half of a surrogate "
+                "pair; want text that UTF-8 can hold"
+            ) from error
         if isinstance(self.images, str | bytes) or not isinstance(
             self.images, list | tuple
         ):
