@@ -54,7 +54,7 @@ def wants(capture: Capture | None, name: str) -> bool:
     return capture is not None and name in capture.names
 
 
-def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1):
+def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=None):
     """Multiply the last `axes` dimensions of x by a kernel's first, and add the bias.
 
     Every product of a weight and an activation goes through here: adapters and
@@ -64,13 +64,17 @@ def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1):
         x: [..., in], `axes` trailing input dimensions.
         kernel: [in, out], any number of output dimensions.
         bias: [out] or None.
+        out_dtype: dtype of the result, which sums keep anyway (None: compute).
     """
     compute = jnp.dtype(dtypes.compute)
     contract = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     y = jax.lax.dot_general(
-        x.astype(compute), kernel.astype(compute), (contract, ((), ()))
+        x.astype(compute),
+        kernel.astype(compute),
+        (contract, ((), ())),
+        preferred_element_type=out_dtype,
     )
-    return y if bias is None else y + bias.astype(compute)
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 class Linear(nnx.Module):
@@ -96,9 +100,16 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outs, dtypes.param))
         self.use_bias = use_bias
 
-    def __call__(self, x):
+    def __call__(self, x, out_dtype=None):
         bias = self.bias[...] if self.use_bias else None
-        return linear(x, self.kernel[...], bias, dtypes=self.dtypes, axes=self.axes)
+        return linear(
+            x,
+            self.kernel[...],
+            bias,
+            dtypes=self.dtypes,
+            axes=self.axes,
+            out_dtype=out_dtype,
+        )
 
 
 class LayerNorm(nnx.Module):
@@ -207,10 +218,12 @@ def unstack(blocks: nnx.Module) -> nnx.List:
     """
     graphdef, state = nnx.split(blocks)
     length = jax.tree.leaves(state)[0].shape[0]
-    return nnx.List(
-        nnx.merge(graphdef, jax.tree.map(lambda w_L: w_L[i], state))
-        for i in range(length)
-    )
+    return nnx.List(nnx.merge(graphdef, layer(state, i)) for i in range(length))
+
+
+def layer(stacked, i: int):
+    """Entry i of every array of a stacked pytree."""
+    return jax.tree.map(lambda x_L: x_L[i], stacked)
 
 
 def apply_stack(blocks, step: Callable, carry, xs=None):
@@ -223,7 +236,7 @@ def apply_stack(blocks, step: Callable, carry, xs=None):
     if isinstance(blocks, nnx.List):
         ys = []
         for i, block in enumerate(blocks):
-            carry, y = step(block, carry, jax.tree.map(lambda x_L: x_L[i], xs))
+            carry, y = step(block, carry, layer(xs, i))
             ys.append(y)
         return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 

@@ -191,10 +191,12 @@ class Llama(nnx.Module):
 
     def logits(self, hidden_BTD):
         """Hidden states, any leading dimensions -> float32 logits over the vocabulary."""
-        if self.cfg.tie_embeddings:
-            kernel_DV = self.embed.embedding[...].T
-            return linear(hidden_BTD, kernel_DV, dtypes=self.dtypes).astype(jnp.float32)
-        return self.head(hidden_BTD).astype(jnp.float32)
+        # Not rounded on the way: bfloat16 has one value for each eighth above 16, which
+        # makes ties of a greedy choice.
+        if not self.cfg.tie_embeddings:
+            return self.head(hidden_BTD, jnp.float32)
+        kernel_DV = self.embed.embedding[...].T
+        return linear(hidden_BTD, kernel_DV, dtypes=self.dtypes, out_dtype=jnp.float32)
 
 
 class Embedding(nnx.Module):

@@ -15,6 +15,7 @@ from minigpt4_jax.models.layers import (
     Linear,
     attend,
     attention_map,
+    layer,
     make_stack,
     wants,
 )
@@ -103,13 +104,12 @@ class QFormer(nnx.Module):
             layer_states, cross_state = states
             hidden = []
             for i in range(jax.tree.leaves(layer_states)[0].shape[0]):
-                state = jax.tree.map(lambda w: w[i], layer_states)
-                layer = nnx.merge(layers[0], state)
-                x_BQD = layer.attend(x_BQD)
+                block = nnx.merge(layers[0], layer(layer_states, i))
+                x_BQD = block.attend(x_BQD)
                 if i == 0:
-                    block = nnx.merge(cross[0], cross_state)
-                    x_BQD, map_BNQP = block(x_BQD, patches_BPE, keep_map)
-                x_BQD = layer.think(x_BQD)
+                    look = nnx.merge(cross[0], cross_state)
+                    x_BQD, map_BNQP = look(x_BQD, patches_BPE, keep_map)
+                x_BQD = block.think(x_BQD)
                 hidden.append(x_BQD)
             return x_BQD, (jnp.stack(hidden) if keep_hidden else None, map_BNQP)
 
@@ -125,7 +125,7 @@ class QFormer(nnx.Module):
             hidden = hidden.reshape(-1, *x_BQD.shape)
         if cfg.num_layers % freq:  # an unfinished last group
             rest = jax.tree.map(lambda w: w[whole * freq :], layers[1])
-            last = jax.tree.map(lambda w: w[-1], cross[1])
+            last = layer(cross[1], -1)
             x_BQD, (more, map_BNQP) = group(x_BQD, (rest, last))
             if keep_hidden:
                 hidden = jnp.concatenate([hidden, more])

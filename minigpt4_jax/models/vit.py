@@ -6,6 +6,7 @@ EVA ViT-g/14 of the reference (39 blocks, no final norm) and DINOv2 (key bias, L
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from minigpt4_jax.models.layers import (
@@ -94,7 +95,6 @@ class ViT(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, *, dtypes: DTypes = DTypes(), rngs: nnx.Rngs):
         self.cfg = cfg
-        self.dtypes = dtypes
         patch = (cfg.patch_size, cfg.patch_size, 3)
         self.patch = Linear(patch, cfg.width, dtypes=dtypes, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
@@ -107,7 +107,7 @@ class ViT(nnx.Module):
         )
 
     def __call__(self, pixels_BHWC, capture: Capture | None = None):
-        """Normalised pixels -> patches_BPD, the residual stream after the last block."""
+        """Normalised pixels -> patches_BPD, the float32 residual stream at its end."""
         b, h, w, _ = pixels_BHWC.shape
         size = self.cfg.image_size
         if (h, w) != (size, size):
@@ -132,7 +132,7 @@ class ViT(nnx.Module):
         x_BPD, hidden_LBPD = apply_stack(self.blocks, step, x_BPD)
         if keep:
             capture.values["vit/hidden"] = hidden_LBPD
-        return x_BPD.astype(self.dtypes.output)
+        return x_BPD
 
 
 class Block(nnx.Module):
@@ -199,8 +199,6 @@ def resize_position_embedding(embedding_PD, grid: int):
 
 def _bicubic(old: int, new: int):
     """[new, old] matrix of one-dimensional cubic convolution with a = -0.75."""
-    import numpy as np
-
     a = -0.75
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     base = np.floor(centre).astype(int)
