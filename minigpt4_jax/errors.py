@@ -97,13 +97,17 @@ def _parse(argv: list[str]) -> list[str]:
         flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
     before, sys.argv = sys.argv, argv  # config_flags looks for --config.x in sys.argv
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:  # a config file that did not load raises when touched
+            getattr(flags.FLAGS[name].value, "lock", None)
+        return rest
     except flags.Error as error:
         raise InputError(f"{error} (--help lists the flags)") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for a knob or a file that is not there.
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise ConfigError(str(text)) from error
+        # What ml_collections raises for a knob or a file that is not there: several
+        # lines, and quoted twice.
+        text = str(error).strip("'").replace("\\'", "'").replace("\\n", "; ")
+        raise ConfigError(f"config: {' '.join(text.split())}") from error
     finally:
         sys.argv = before
 

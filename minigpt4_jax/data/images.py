@@ -26,6 +26,8 @@ SUFFIXES = frozenset(
 
 # PIL warns above this size: what passes here passes without a warning.
 MAX_PIXELS = 89_478_485
+# JPEG's own limit. A PNG of 1 x 89,000,000 would cost gigabytes in its first resize pass.
+MAX_SIDE = 65_535
 
 RESIZES = {"bicubic": Image.Resampling.BICUBIC}
 
@@ -63,8 +65,8 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Args:
         source: a path, the bytes of a file, a PIL image, or an array: uint8 or uint16,
             [H W] grey or [H W C] with C = 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha).
-        max_pixels: larger images are refused from their header, before decoding. PIL's
-            own limit of twice the default holds beside it.
+        max_pixels: larger images are refused from their header, before decoding, as are
+            sides over MAX_SIDE. PIL's own limit, twice the default, holds beside it.
 
     Raises:
         InputError: names the file (never its content) and what is wrong with it.
@@ -88,15 +90,19 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def preprocess(image_HWC: np.ndarray, cfg: PixelRules) -> np.ndarray:
     """Return float32 `pixels_HWC` of exactly `cfg.image_size` squared, normalised.
 
-    Resized by PIL, aspect ratio not kept and nothing cropped, then / 255, - mean, / std
-    in float32: the exact pixels of the reference's `blip2_image_eval` (torch's and JAX's
-    own cubic kernels differ). Raises ConfigError for an unknown `cfg.resize`.
+    Resized by PIL to uint8, aspect ratio not kept and nothing cropped, then / 255,
+    - mean, / std in float32: the exact pixels of the reference's `blip2_image_eval`
+    (torch's and JAX's own cubic kernels differ). Raises ConfigError for an unknown
+    `cfg.resize`.
     """
     if cfg.resize not in RESIZES:
         raise ConfigError(unknown("resize rule", cfg.resize, RESIZES))
     assert image_HWC.dtype == np.uint8 and image_HWC.shape[2:] == (3,), image_HWC.shape
-    size = (cfg.image_size, cfg.image_size)
-    resized = Image.fromarray(image_HWC).resize(size, RESIZES[cfg.resize])
+    kernel = RESIZES[cfg.resize]
+    # Two calls, width first, as Pillow did inside one until version 13 began to choose
+    # the cheaper order: each pass rounds to uint8, so the order shows (up to 16 levels).
+    narrow = Image.fromarray(image_HWC).resize((cfg.image_size, len(image_HWC)), kernel)
+    resized = narrow.resize((cfg.image_size, cfg.image_size), kernel)
     pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
     return (pixels_HWC - np.float32(cfg.mean)) / np.float32(cfg.std)
 
@@ -143,6 +149,10 @@ def _decode(opened: Image.Image, name: str, max_pixels: int) -> np.ndarray:
         raise InputError(
             f"{name}: got {width} x {height} pixels; want at most {max_pixels:,} in all; "
             "scale it down first"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise InputError(
+            f"{name}: got {width} x {height} pixels; want at most {MAX_SIDE:,} a side"
         )
     if not width * height:
         raise InputError(f"{name}: got {width} x {height} pixels; want at least 1 x 1")
