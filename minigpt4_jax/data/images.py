@@ -104,7 +104,7 @@ def preprocess(image_HWC: np.ndarray, cfg: PixelRules) -> np.ndarray:
     narrow = Image.fromarray(image_HWC).resize((cfg.image_size, len(image_HWC)), kernel)
     resized = narrow.resize((cfg.image_size, cfg.image_size), kernel)
     pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
-    return (pixels_HWC - np.float32(cfg.mean)) / np.float32(cfg.std)
+    return (pixels_HWC - np.array(cfg.mean, np.float32)) / np.array(cfg.std, np.float32)
 
 
 def _read_file(path: Path, max_pixels: int) -> np.ndarray:

@@ -149,7 +149,7 @@ class TarShards:
             try:
                 fields = json.loads(os.pread(fd, label.size, label.offset_data))
                 captions = _captions(fields)
-            except ValueError:
+            except (ValueError, RecursionError):  # nested too deep
                 reason = "json not readable"
             else:
                 self.skipped["blank caption"] += len(_written(fields)) - len(captions)
@@ -211,7 +211,7 @@ def _record(line: str, path: Path, number: int) -> ImageRecord:
     want = 'want {"image": "photo.jpg", "prompt": "..."}, prompt optional'
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); {want}") from None
     image = fields.get("image") if isinstance(fields, dict) else None
     if not isinstance(image, str) or not image:
