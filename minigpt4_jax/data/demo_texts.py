@@ -238,7 +238,7 @@ AFTER_FALSE = frozenset(
     "ride like toss pit game court player players team head heads scouts scout shaped "
     "themed field uniform jersey handler hole tire wheel ramp balloon wash carrier "
     "trail lane shop s bed collar leash cap helmet jump hoop course print bike case "
-    "strings glove bat angel suit suits ball machine boots pants covered".split()
+    "strings cut cutout racing glove bat angel suit suits ball machine boots pants covered".split()
 )
 
 # The first noun of a caption, its verb, and the rest, as written.
@@ -548,9 +548,9 @@ def _color(text: list[str], noun: str) -> tuple[str, ...]:
         for word in reversed(text[:i]):
             if word in COLORS:
                 colors.append("gray" if word == "grey" else word)
-            elif word != "and" and (colors or word in NOT_ADJECTIVE):
-                break
-            elif word != "and" and _determines(word):
+            elif word == "and" and colors:
+                continue  # "black and white"; in "red shirt and hat" the hat has none
+            elif colors or word == "and" or word in NOT_ADJECTIVE or _determines(word):
                 break
     return tuple(sorted(set(colors)))
 
