@@ -34,7 +34,9 @@ class GGUFFile(Mapping):
         try:
             reader = GGUFReader(str(path))
         except (ValueError, IndexError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+            raise CheckpointError(
+                f"{path} is not a readable GGUF file: {error}"
+            ) from error
         self._tensors = {tensor.name: _Tensor(tensor) for tensor in reader.tensors}
         self.metadata = _Metadata(reader)
 

@@ -44,12 +44,8 @@ GGUF = (
     Drop(r"rope_freqs\.weight", "rotary angles are computed from rope_theta"),
     Rule(r"token_embd\.weight", "llama/embed/embedding", KEEP),
     Rule(_B + r"attn_norm\.weight", _BLOCKS + "attn_norm/scale", KEEP),
-    Rule(
-        _B + r"attn_q\.weight", _BLOCKS + "attn/q/kernel", half_rotated(SPLIT_HEADS)
-    ),
-    Rule(
-        _B + r"attn_k\.weight", _BLOCKS + "attn/k/kernel", half_rotated(SPLIT_HEADS)
-    ),
+    Rule(_B + r"attn_q\.weight", _BLOCKS + "attn/q/kernel", half_rotated(SPLIT_HEADS)),
+    Rule(_B + r"attn_k\.weight", _BLOCKS + "attn/k/kernel", half_rotated(SPLIT_HEADS)),
     Rule(_B + r"attn_v\.weight", _BLOCKS + "attn/v/kernel", SPLIT_HEADS),
     Rule(_B + r"attn_output\.weight", _BLOCKS + "attn/out/kernel", JOIN_HEADS),
     Rule(_B + r"ffn_norm\.weight", _BLOCKS + "mlp_norm/scale", KEEP),

@@ -22,7 +22,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
         graph = onnx.load(str(path)).graph
     except (DecodeError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable ONNX file: {error}") from error
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    stored = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
+    }
     folded = {}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in stored:

@@ -143,31 +143,6 @@ def plan(
     return [fills[path] for path in wanted]
 
 
-def report(
-    rules: Iterable[Rule | Drop],
-    source: Mapping[str, Any],
-    wanted: Mapping[str, Shape],
-) -> list[str]:
-    """Lines that say where every parameter came from and what was dropped, and why."""
-    rules = tuple(rules)
-    lines = []
-    for fill in plan(rules, source, wanted):
-        names = [fill.names[number] for number in sorted(fill.names, key=str)]
-        more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
-        lines.append(f"{fill.path} <- {names[0]}{more} ({fill.layout.name})")
-    for name in source:
-        first = next((rule for rule in rules if _match(rule, name)), None)
-        if isinstance(first, Drop):
-            lines.append(f"dropped {name}: {first.reason}")
-        elif isinstance(first, Rule) and not any(
-            _match(rule, name) and rule.path in wanted
-            for rule in rules
-            if isinstance(rule, Rule)
-        ):
-            lines.append(f"dropped {name}: the model has no {first.path}")
-    return lines
-
-
 def _match(rule: Rule | Drop, name: str) -> re.Match[str] | None:
     return re.fullmatch(rule.pattern, name)
 
@@ -187,7 +162,9 @@ def _add(
     number = int(hit.group(1)) if hit.re.groups else None
     fill = fills.setdefault(rule.path, Fill(rule.path, shape, rule.layout))
     if number in fill.names or (fill.names and (number is None) == fill.stacked):
-        return [f"{rule.path}: both {next(iter(fill.names.values()))} and {name} fill it"]
+        return [
+            f"{rule.path}: both {next(iter(fill.names.values()))} and {name} fill it"
+        ]
     fill.names[number] = name
     fill.layout = rule.layout
     one_layer = shape if number is None else shape[1:]
@@ -206,7 +183,7 @@ def _without_parameter(rule: Rule, name: str, source: Mapping[str, Any]) -> list
 
 def _check_layers(fill: Fill) -> list[str]:
     """Layer numbers start at 0, are evenly spaced, and are as many as wanted."""
-    numbers = [number for number in sorted(fill.names, key=lambda n: n or 0)]
+    numbers = sorted(number for number in fill.names if number is not None)
     want = fill.shape[0]
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if len(numbers) == want and numbers == [step * index for index in range(want)]:

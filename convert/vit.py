@@ -1,7 +1,5 @@
 """Rule tables for the vision towers, and their position embeddings at another size."""
 
-import math
-
 import numpy as np
 
 from convert.rules import (
@@ -17,6 +15,7 @@ from convert.rules import (
     must_be_zero,
     part,
 )
+from minigpt4_jax.models.vit import resize_position_embedding
 
 _BLOCKS = "vit/blocks/"
 _V = r"(?:visual_encoder\.)?"
@@ -95,11 +94,23 @@ DINOV2_HF = (
     Rule(_DE + r"patch_embeddings\.projection\.bias", "vit/patch/bias", KEEP),
     Rule(_DL + r"norm1\.weight", _BLOCKS + "norm1/scale", KEEP),
     Rule(_DL + r"norm1\.bias", _BLOCKS + "norm1/bias", KEEP),
-    Rule(_DA + r"(?:attention\.query|q_proj)\.weight", _BLOCKS + "attn/q/kernel", SPLIT_HEADS),
+    Rule(
+        _DA + r"(?:attention\.query|q_proj)\.weight",
+        _BLOCKS + "attn/q/kernel",
+        SPLIT_HEADS,
+    ),
     Rule(_DA + r"(?:attention\.query|q_proj)\.bias", _BLOCKS + "attn/q/bias", FLAT),
-    Rule(_DA + r"(?:attention\.key|k_proj)\.weight", _BLOCKS + "attn/k/kernel", SPLIT_HEADS),
+    Rule(
+        _DA + r"(?:attention\.key|k_proj)\.weight",
+        _BLOCKS + "attn/k/kernel",
+        SPLIT_HEADS,
+    ),
     Rule(_DA + r"(?:attention\.key|k_proj)\.bias", _BLOCKS + "attn/k/bias", FLAT),
-    Rule(_DA + r"(?:attention\.value|v_proj)\.weight", _BLOCKS + "attn/v/kernel", SPLIT_HEADS),
+    Rule(
+        _DA + r"(?:attention\.value|v_proj)\.weight",
+        _BLOCKS + "attn/v/kernel",
+        SPLIT_HEADS,
+    ),
     Rule(_DA + r"(?:attention\.value|v_proj)\.bias", _BLOCKS + "attn/v/bias", FLAT),
     Rule(
         _DA + r"(?:output\.dense|o_proj)\.weight",
@@ -120,33 +131,6 @@ DINOV2_HF = (
 )
 
 
-def resize_positions(positions_1PD: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings for a `side` x `side` grid; the class row stays as it is.
-
-    Torch's bicubic: coefficient -0.75, half-pixel centres, clamped edges, no antialias
-    (spec 1.4; ONNX Resize in `cubic` mode with its default coefficient).
-    """
-    first_11D, grid_1PD = positions_1PD[:, :1], positions_1PD[:, 1:]
-    old = math.isqrt(grid_1PD.shape[1])
-    if old == side:
-        return positions_1PD
-    weights = _cubic_weights(old, side)
-    grid_YXD = grid_1PD.reshape(old, old, -1).astype(np.float64)
-    grid_YXD = np.einsum("YA,XB,ABD->YXD", weights, weights, grid_YXD, optimize=True)
-    grid_1PD = grid_YXD.reshape(1, side * side, -1).astype(positions_1PD.dtype)
-    return np.concatenate([first_11D, grid_1PD], axis=1)
-
-
-def _cubic_weights(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of each old sample in each new one."""
-    a = -0.75
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
-    start = np.floor(centre).astype(int)
-    weights = np.zeros((new, old))
-    for tap in range(-1, 3):
-        x = np.abs(centre - (start + tap))
-        near = ((a + 2) * x - (a + 3)) * x * x + 1
-        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        index = np.clip(start + tap, 0, old - 1)
-        np.add.at(weights, (np.arange(new), index), np.where(x <= 1, near, far))
-    return weights
+def resized(positions_1PD: np.ndarray, grid: int) -> np.ndarray:
+    """Position embeddings [1 P D] for a `grid` x `grid` of patches, as torch resizes."""
+    return np.asarray(resize_position_embedding(positions_1PD[0], grid))[None]
