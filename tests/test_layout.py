@@ -63,7 +63,7 @@ ROOMS = (
         {*NET, *FILES, "orbax"},
         rf"{ERRORS}|{MODELS}|minigpt4_jax\.sharding",
     ),
-    (r"minigpt4_jax/evaluation/\w+", {"numpy"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
+    (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
         r"minigpt4_jax/\w+",  # step, train; generator, generate, chat
         {*NET, "optax", "orbax", "PIL", "absl", "ml_collections", "tqdm"},
