@@ -1,0 +1,92 @@
+"""Where arrays live: a mesh of devices and one table from parameter paths to its axes.
+
+Axes: `data` splits the batch, `fsdp` splits batch and weights, `tensor` splits the heads
+and hidden layers of the decoder. All are Auto axes: XLA places the rest.
+"""
+
+import re
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt4_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+RULES = (  # first match wins; L is never split
+    (r"(vit|llama)/blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"(vit|llama)/blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"vit/blocks/attn/[qkv]/bias", P(None, "tensor", None)),
+    (r"(vit|llama)/blocks/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(vit|llama)/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"vit/blocks/mlp/up/bias", P(None, "tensor")),
+    (r"llama/embed/embedding", P("tensor", "fsdp")),
+    (r"llama/head/kernel", P("fsdp", "tensor")),
+    (r"(qformer|projector|ln_vision)/.*", P()),  # small, and the trainables
+    (r"vit/(patch/.*|class_token|position_embedding)", P()),
+    (r"(vit|llama)/blocks/(attn|mlp)/(out|down)/bias", P()),
+    (r"(vit|llama)/blocks/(norm1|norm2|attn_norm|mlp_norm|layer_scale.)(/.*)?", P()),
+    (r"llama/norm/scale", P()),
+)
+
+
+def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over `devices` (default: all); data=0 takes what the others leave.
+
+    Raises ConfigError when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = data or len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        raise ConfigError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs "
+            f"{data * fsdp * tensor} devices, there are {len(devices)}"
+        )
+    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(path: str) -> P:
+    """The row of RULES that a parameter path matches; none is our mistake."""
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, path):
+            return axes
+    raise ConfigError(f"parameter {path}: no row of sharding.RULES matches it")
+
+
+def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Sharding of one parameter; an axis that does not divide its dimension is dropped
+    (nine heads on two devices: each holds all nine)."""
+    axes = [
+        axis if axis is None or size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec(path), shape, strict=False)
+    ]
+    return NamedSharding(mesh, P(*axes))
+
+
+def place(model: nnx.Module, mesh: Mesh) -> None:
+    """Move every parameter of a (stacked) model to its place, in the model itself."""
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = "/".join(map(str, path))
+        param[...] = jax.device_put(
+            param[...], parameter_sharding(name, param.shape, mesh)
+        )
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict:
+    """Split the leading dimension of every array over the batch axes.
+
+    Raises ConfigError when it does not divide.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, value in batch.items():
+        if value.shape[0] % parts:
+            raise ConfigError(
+                f"{name}: a batch of {value.shape[0]} does not split over {parts} "
+                "devices; change config.batch_size or config.mesh"
+            )
+    return jax.device_put(batch, NamedSharding(mesh, BATCH))

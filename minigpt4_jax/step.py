@@ -1,0 +1,108 @@
+"""One optimizer update: loss, gradients of the trainables alone, AdamW."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from minigpt4_jax import optim
+from minigpt4_jax.models.minigpt4 import MiniGPT4
+
+
+class Trainables:
+    """A model split into what is trained (a dict path -> array) and what is frozen."""
+
+    def __init__(self, model: MiniGPT4, patterns):
+        self.graphdef, state = nnx.split(model)
+        flat = dict(nnx.to_flat_state(state))
+        by_name = {"/".join(map(str, path)): path for path in flat}
+        self.paths = {name: by_name[name] for name in optim.select(by_name, patterns)}
+        trained = set(self.paths.values())
+        # Trainables are float32 however the frozen weights are stored.
+        self.params = {
+            name: flat[path][...].astype(jnp.float32)
+            for name, path in self.paths.items()
+        }
+        self.frozen = {path: v for path, v in flat.items() if path not in trained}
+
+    def model(self, params: dict, frozen=None) -> MiniGPT4:
+        """The whole model with these values of the trainables."""
+        flat = dict(self.frozen if frozen is None else frozen)
+        flat |= {self.paths[name]: nnx.Param(value) for name, value in params.items()}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat.items()))
+
+
+def image_embeddings(model: MiniGPT4, batch: dict):
+    """image_BQD from cached patches, or from pixels when there is no cache."""
+    if "patches_BPE" in batch:
+        return model.project(batch["patches_BPE"])
+    return model.encode_image(batch["pixels_BHWC"])
+
+
+def answer_loss(model: MiniGPT4, batch: dict):
+    """Mean cross-entropy of all answer tokens of the batch (MiniGPT4.loss)."""
+    return model.loss(batch, image_embeddings(model, batch))[0]
+
+
+def word_loss(model: MiniGPT4, batch: dict, words_V, share_V):
+    """How well image embeddings name the words of a photo's captions; no decoder.
+
+    Each word's logit is the soft maximum over queries of the cosine between an image
+    embedding and the word's row of the decoder's table, sharpened, from a prior at
+    which a photo without information predicts each word at its share; binary
+    cross-entropy summed over words. A second term holds the embeddings' length at
+    that of the table's rows, so that the decoder later meets what it knows.
+
+    Args:
+        batch: patches_BPE, target_BV (share of the photo's captions with the word).
+        words_V: token ids; share_V: share of all captions with the token, in (0, 1).
+    """
+    image_BQD = image_embeddings(model, batch)
+    table_VD = model.llama.embed.embedding[...][words_V].astype(jnp.float32)
+    lengths_V = jnp.linalg.norm(table_VD, axis=-1)
+    lengths_BQ = jnp.linalg.norm(image_BQD, axis=-1)
+    sharpness = 25.0  # a cosine of 0.3 lifts a word from 1 % to likely
+    cosine_BQV = jnp.einsum(
+        "BQD,VD->BQV",
+        image_BQD / (lengths_BQ[..., None] + 1e-6),
+        table_VD / lengths_V[:, None],
+    )
+    prior_V = jnp.log(share_V) - jnp.log1p(-share_V)
+    heard_BV = jax.nn.logsumexp(sharpness * cosine_BQV, axis=1)
+    logits_BV = heard_BV - math.log(image_BQD.shape[1]) + prior_V
+    named = optax.sigmoid_binary_cross_entropy(logits_BV, batch["target_BV"])
+    length = jnp.square(lengths_BQ / lengths_V.mean() - 1).mean()
+    return named.sum(-1).mean() + length
+
+
+def make_step(trainables: Trainables, loss_fn, optimizer):
+    """(params, opt_state, frozen, batch) -> (params, opt_state, metrics), compiled.
+
+    Frozen weights are an argument, so that they are neither constants of the program
+    nor differentiated; params and opt_state are updated in place.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, frozen, batch):
+        def loss_of(params):
+            return loss_fn(trainables.model(params, frozen), batch)
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, {"loss": loss, "grad_norm": optim.norm(grads)}
+
+    return step
+
+
+def make_evaluate(trainables: Trainables, loss_fn):
+    """(params, frozen, batch) -> loss, compiled."""
+
+    @jax.jit
+    def evaluate(params, frozen, batch):
+        return loss_fn(trainables.model(params, frozen), batch)
+
+    return evaluate
