@@ -11,33 +11,38 @@ from minigpt4_jax.errors import CheckpointError
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
-def smollm2_tokenizer_files(gguf_path: str | Path) -> dict[str, bytes]:
+def smollm2_tokenizer_files(gguf: GGUFFile | str | Path) -> dict[str, bytes]:
     """Tokenizer files of a converted directory, by name."""
-    metadata = GGUFFile(Path(gguf_path)).metadata
+    gguf = gguf if isinstance(gguf, GGUFFile) else GGUFFile(Path(gguf))
+    metadata = gguf.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     ends = {
         f"{end}_token": tokens[metadata[f"tokenizer.ggml.{end}_token_id"]]
         for end in ("bos", "eos")
     }
     return {
-        "tokenizer.json": smollm2_tokenizer_json(gguf_path),
+        "tokenizer.json": smollm2_tokenizer_json(gguf),
         "tokenizer_config.json": (json.dumps(ends, indent=2) + "\n").encode(),
     }
 
 
-def smollm2_tokenizer_json(gguf_path: str | Path) -> bytes:
+def smollm2_tokenizer_json(gguf: GGUFFile | str | Path) -> bytes:
     """A byte-level BPE `tokenizer.json` with the vocabulary and merges of a GGUF file.
 
-    Ids are those of transformers on the same file. They differ from those of SmolLM2's
-    own tokenizer.json, which splits off each digit before anything else, in one place:
-    of several spaces or newlines before a digit the last stays apart (`\\n\\n1` is
-    `\\n` `\\n` `1`, not `\\n\\n` `1`). No two ASCII digits share a token in either.
+    Ids are those of transformers on the same file. SmolLM2's own tokenizer.json splits
+    off each digit before anything else, which differs in two rare cases: of several
+    spaces or newlines before a digit the last stays apart here (`\\n\\n1` is `\\n` `\\n`
+    `1`, not `\\n\\n` `1`), and a numeral like `²` can share a token with the space before
+    it. No two ASCII digits share a token in either. The
+    vocabulary has no piece for 21 bytes (control characters, and those that UTF-8 hardly or
+    never has); they encode to nothing.
     """
-    metadata = GGUFFile(Path(gguf_path)).metadata
+    gguf = gguf if isinstance(gguf, GGUFFile) else GGUFFile(Path(gguf))
+    metadata = gguf.metadata
     kind = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
     if kind != ("gpt2", "smollm"):
         raise CheckpointError(
-            f"{gguf_path}: tokenizer {kind}, want ('gpt2', 'smollm'); "
+            f"GGUF file: tokenizer {kind}, want ('gpt2', 'smollm'); "
             "only SmolLM2's is converted from GGUF"
         )
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -7,7 +7,7 @@ values, are checked when made, and know neither arrays nor templates.
 import math
 import numbers
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Message:
     text: str
     images: Sequence[Any] = field(default=(), repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InputError(unknown("role", self.role, ROLES))
         if not isinstance(self.text, str):
@@ -78,7 +78,7 @@ class Sampling:
     repetition_penalty: float = 1.05
     max_tokens: int = 300
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "at least 0", lambda x: x >= 0)
         _check_whole("top_k", self.top_k, least=0)
         _check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
@@ -113,7 +113,7 @@ class Request:
     n: int = 1
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_messages(self.messages)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for string in stop:
@@ -165,7 +165,7 @@ class Event:
     usage: Usage | None = None
     error: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.finish_reason in (None, *FINISH_REASONS), self.finish_reason
         assert len(self.logprobs) in (0, len(self.ids))
 
@@ -175,7 +175,7 @@ def user(text: str, *images: Any) -> Message:
     return Message("user", text, images)
 
 
-def _check_messages(messages):
+def _check_messages(messages: object) -> None:
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError("messages: want at least one Message, the last a user's")
     for i, message in enumerate(messages):
@@ -189,13 +189,17 @@ def _check_messages(messages):
         raise InputError("messages: the last one has to be a user's or an assistant's")
 
 
-def _check_number(name, value, wanted, holds):
+def _check_number(
+    name: str, value: Any, wanted: str, holds: Callable[[Any], bool]
+) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
         raise InputError(f"{name}: got {value!r}, want a number {wanted}")
 
 
-def _check_whole(name, value, *, least, below=None):
+def _check_whole(
+    name: str, value: Any, *, least: int, below: int | None = None
+) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least or (below is not None and value >= below):
         wanted = f"at least {least}" + (f" and below {below}" if below else "")

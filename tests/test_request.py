@@ -110,3 +110,8 @@ def test_one_stop_string_need_not_be_a_list():
 
 def test_requests_get_ids_of_their_own():
     assert Request([user("Hello")]).id != Request([user("Hello")]).id
+
+
+def test_text_that_utf_8_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="character 2 is half of a surrogate pair"):
+        user("a \ud83d")
