@@ -59,13 +59,15 @@ def dialogue_texts(
 
     def texts(captions, rng):
         one_sentence = demo_texts.one_sentence(captions, rng)
-        others = demo_texts.in_detail(captions, rng)
-        others += demo_texts.short_questions(captions, rng)
-        if not others or rng.random() < one_sentence_share:
+        others = []
+        if rng.random() >= one_sentence_share:  # deriving them takes a while
+            others = demo_texts.in_detail(captions, rng)
+            others += demo_texts.short_questions(captions, rng)
+        if others:
+            turns = [one_sentence[rng.integers(len(one_sentence))], *others]
+        else:
             question = one_sentence[0][0]
             turns = [(question, answer) for _, answer in one_sentence]
-        else:
-            turns = [one_sentence[rng.integers(len(one_sentence))], *others]
         return [encode(*turns[i]) for i in rng.permutation(len(turns))]
 
     return texts
