@@ -33,9 +33,9 @@ def smollm2_tokenizer_json(gguf: GGUFFile | str | Path) -> bytes:
     off each digit before anything else, which differs in two rare cases: of several
     spaces or newlines before a digit the last stays apart here (`\\n\\n1` is `\\n` `\\n`
     `1`, not `\\n\\n` `1`), and a numeral like `²` can share a token with the space before
-    it. No two ASCII digits share a token in either. The
-    vocabulary has no piece for 21 bytes (control characters, and those that UTF-8 hardly or
-    never has); they encode to nothing.
+    it. No two ASCII digits share a token in either. The vocabulary has no piece for 21
+    bytes (control characters, and those that UTF-8 hardly or never has); they encode to
+    nothing.
     """
     gguf = gguf if isinstance(gguf, GGUFFile) else GGUFFile(Path(gguf))
     metadata = gguf.metadata
