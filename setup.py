@@ -58,7 +58,7 @@ setup(
     description="MiniGPT-4 in JAX: a vision-language model that talks about a photo",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="BSD-3-Clause",
+    license_expression="BSD-3-Clause",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt4_jax", "minigpt4_jax.*"]),

@@ -55,18 +55,37 @@ ROOMS = (
         {"numpy", "PIL", "grain"},
         rf"{ERRORS}|{REQUEST}|{DATA}",
     ),
-    (r"minigpt4_jax/sharding", NET, rf"{ERRORS}"),
-    (r"minigpt4_jax/optim", {*NET, "optax"}, rf"{ERRORS}"),
+    (r"minigpt4_jax/locate", set(), ERRORS),
+    (r"minigpt4_jax/sharding", NET, ERRORS),
+    (r"minigpt4_jax/optim", {*NET, "optax"}, ERRORS),
     (r"minigpt4_jax/sampling", NET, rf"{ERRORS}|{REQUEST}"),
     (
         r"minigpt4_jax/checkpoint",
         {*NET, *FILES, "orbax"},
-        rf"{ERRORS}|{MODELS}|minigpt4_jax\.sharding",
+        rf"{ERRORS}|{MODELS}|minigpt4_jax\.(sharding|locate)",
+    ),
+    (r"minigpt4_jax/features", {*NET, "tqdm"}, rf"{ERRORS}|{MODELS}|{DATA}"),
+    (
+        r"minigpt4_jax/step",
+        {*NET, "optax"},
+        rf"{ERRORS}|{MODELS}|minigpt4_jax\.(optim|sharding)",
+    ),
+    (r"minigpt4_jax/answer", {"numpy"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
+    (r"minigpt4_jax/decoding", NET, rf"{ERRORS}|{MODELS}|minigpt4_jax\.sampling"),
+    (
+        r"minigpt4_jax/engine",
+        NET,
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(answer|decoding|sampling)",
+    ),
+    (
+        r"minigpt4_jax/generator",
+        NET,
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate)",
     ),
     (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
-        r"minigpt4_jax/\w+",  # step, train; generator, generate, chat
-        {*NET, "optax", "orbax", "PIL", "absl", "ml_collections", "tqdm"},
+        r"minigpt4_jax/(train|generate|chat)",  # commands: they may call anything of ours
+        {*NET, "orbax", "PIL", "absl", "ml_collections", "tqdm"},
         PACKAGE,
     ),
     (r"convert/torch_files", {"numpy", "torch"}, rf"{ERRORS}|convert\.\w+"),
@@ -207,6 +226,10 @@ import minigpt4_jax
 names = [m.name for m in pkgutil.walk_packages(minigpt4_jax.__path__, "minigpt4_jax.")]
 for name in names:
     __import__(name)
+    if "absl.flags" in sys.modules:  # two commands may define the same flag
+        flags = sys.modules["absl.flags"].FLAGS
+        for flag in list(flags):
+            delattr(flags, flag)
 print(json.dumps({"names": names, "modules": sorted(sys.modules)}))
 """
     result = run_python(code)  # anything printed besides would not be JSON
