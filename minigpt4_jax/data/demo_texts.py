@@ -8,6 +8,7 @@ even hints at the thing, and a question is dropped as soon as two captions disag
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,11 +56,23 @@ class Thing:
     least: int = 2
     unless: str = ""
 
-    @property
+    @cached_property
     def words(self) -> frozenset[str]:
         return frozenset(f"{self.one} {self.many}".split())
 
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Words that forbid a "no" as they are: too short to be a beginning."""
+        return WHOLE.intersection(f"{self.one} {self.many} {self.hints}".split())
 
+    @cached_property
+    def starts(self) -> tuple[str, ...]:
+        """Beginnings of the other words that forbid it."""
+        every = f"{self.one} {self.many} {self.hints}".split()
+        return tuple(word for word in every if word not in WHOLE)
+
+
+WHOLE = frozenset("it he she his her him who man men cat son".split())
 _PET = "animal pet creature canine"
 _DOG = (
     "dog pup pood retriev terrier shep hound greyh collie lab husk beagle bull dachs "
@@ -440,19 +453,11 @@ def _seen(thing: Thing, texts: Captions) -> bool:
 
 
 def _hinted(thing: Thing, texts: Captions) -> bool:
-    beginnings = tuple(f"{thing.one} {thing.many} {thing.hints}".split())
-    short = {"it", "he", "she", "his", "her", "him", "who", "man", "men", "cat", "son"}
-    for text in texts:
-        for word in text:
-            if any(
-                word == start if start in short else word.startswith(start)
-                for start in beginnings
-            ):
-                return True
-        if thing.name in ("a man", "a woman", "a boy", "a girl"):
-            if any(_may_be_person(word) for word in text):
-                return True
-    return False
+    every = set().union(*texts)
+    if any(word in thing.whole or word.startswith(thing.starts) for word in every):
+        return True
+    person = thing.name in ("a man", "a woman", "a boy", "a girl")
+    return person and any(_may_be_person(word) for word in every)
 
 
 def _may_be_person(word: str) -> bool:
