@@ -9,10 +9,10 @@ usage: launch/train_local.sh --data DIR --workdir DIR [--dry-run] [-- FLAG...]
   --data DIR      captioned photos as tar shards: DIR/train, DIR/val
   --workdir DIR   checkpoints and logs: DIR/stage1, DIR/stage2; outside the checkout.
                   Run the same command again to go on where it stopped.
-  --dry-run       print the two commands, run nothing
+  --dry-run       print the commands, run nothing
   -- FLAG...      more flags for both stages, as --config.batch_size=8
 
-PYTHON names the interpreter (default: .venv/bin/python of this clone).
+PYTHON names the interpreter (default: .venv/bin/python of this clone, see make demo).
 EOF
 }
 
@@ -56,7 +56,12 @@ run() {
     $dry_run || "$@"
 }
 
-run "$python" -m minigpt4_jax.train --config configs/demo_stage1.py \
-    --workdir "$workdir/stage1" --data "$data" "$@"
-run "$python" -m minigpt4_jax.train --config configs/demo_stage2.py \
-    --workdir "$workdir/stage2" --data "$data" --config.init="$workdir/stage1" "$@"
+stage() {
+    run "$python" -m minigpt4_jax.train --config "configs/demo_stage$1.py" \
+        --workdir "$workdir/stage$1" --data "$data" --features "$workdir/features" \
+        "${@:2}"
+}
+
+run "$python" -m convert demo --no-connector
+stage 1 "$@"
+stage 2 --config.init="$workdir/stage1" "$@"

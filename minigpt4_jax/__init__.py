@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         InputError,
         MiniGPT4Error,
     )
-    from minigpt4_jax.generator import Generator
+    from minigpt4_jax.generator import Chat, Generator
     from minigpt4_jax.models.layers import Capture, DTypes
     from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from minigpt4_jax.request import Event, Message, Request, Sampling, Usage
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Capture",
+    "Chat",
     "CheckpointError",
     "ConfigError",
     "DTypes",
@@ -48,7 +49,7 @@ _HOMES = {
         "InputError",
         "MiniGPT4Error",
     ),
-    "generator": ("Generator",),
+    "generator": ("Chat", "Generator"),
     "models.layers": ("Capture", "DTypes"),
     "models.minigpt4": ("MiniGPT4", "MiniGPT4Config"),
     "request": ("Event", "Message", "Request", "Sampling", "Usage"),

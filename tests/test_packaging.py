@@ -198,7 +198,8 @@ def test_the_launcher_shows_both_stages_without_running_them(tmp_path):
     work = tmp_path / "work folder"
     result = launch("--data", "/d", "--workdir", str(work), "--dry-run", "--", "--x=1")
     assert result.returncode == 0
-    stage1, stage2 = result.stderr.splitlines()
+    convert, stage1, stage2 = result.stderr.splitlines()
+    assert convert.split()[1:] == ["-m", "convert", "demo", "--no-connector"]
     assert "configs/demo_stage1.py" in stage1 and stage1.endswith("--x=1 ")
     assert "configs/demo_stage2.py" in stage2 and "work\\ folder/stage1" in stage2
     assert not work.exists()
