@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train the demo's connector on this machine: stage 1, then stage 2 from its result.
+# Train the demo's connector on this machine: warm start, stage 1 and stage 2, each from
+# the result of the one before.
 set -euo pipefail
 
 usage() {
@@ -7,10 +8,11 @@ usage() {
 usage: launch/train_local.sh --data DIR --workdir DIR [--dry-run] [-- FLAG...]
 
   --data DIR      captioned photos as tar shards: DIR/train, DIR/val
-  --workdir DIR   checkpoints and logs: DIR/stage1, DIR/stage2; outside the checkout.
-                  Run the same command again to go on where it stopped.
+  --workdir DIR   DIR/warmup, DIR/stage1, DIR/stage2: checkpoints and logs;
+                  DIR/features: what the frozen ViT makes of the photos. Outside the
+                  checkout. Run the same command again to go on where it stopped.
   --dry-run       print the commands, run nothing
-  -- FLAG...      more flags for both stages, as --config.batch_size=8
+  -- FLAG...      more flags for every stage, as --config.batch_size=8
 
 PYTHON names the interpreter (default: .venv/bin/python of this clone, see make demo).
 EOF
@@ -56,12 +58,14 @@ run() {
     $dry_run || "$@"
 }
 
-stage() {
-    run "$python" -m minigpt4_jax.train --config "configs/demo_stage$1.py" \
-        --workdir "$workdir/stage$1" --data "$data" --features "$workdir/features" \
-        "${@:2}"
+train() {
+    local stage=$1
+    shift
+    run "$python" -m minigpt4_jax.train --config "configs/demo_$stage.py" \
+        --data "$data" --workdir "$workdir/$stage" --features "$workdir/features" "$@"
 }
 
 run "$python" -m convert demo --no-connector
-stage 1 "$@"
-stage 2 --config.init="$workdir/stage1" "$@"
+train warmup "$@"
+train stage1 --config.init="$workdir/warmup" "$@"
+train stage2 --config.init="$workdir/stage1" "$@"

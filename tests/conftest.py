@@ -1,6 +1,7 @@
 """What every test gets: eight virtual devices, no hub, a cache folder of its own."""
 
 import os
+import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is imported
@@ -17,3 +18,17 @@ def cache_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["MINIGPT4_JAX_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_directory(cache_folder) -> Path:
+    """The demo model, converted once a test run, without network, as a user's is."""
+    from convert import demo
+    from minigpt4_jax import locate
+
+    def refuse(*_):
+        raise RuntimeError("the network is not to be used")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        return demo.convert(locate.ASSETS)

@@ -194,14 +194,19 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_the_launcher_shows_both_stages_without_running_them(tmp_path):
+def test_the_launcher_shows_all_stages_without_running_them(tmp_path):
     work = tmp_path / "work folder"
     result = launch("--data", "/d", "--workdir", str(work), "--dry-run", "--", "--x=1")
     assert result.returncode == 0
-    convert, stage1, stage2 = result.stderr.splitlines()
+    convert, warmup, stage1, stage2 = result.stderr.splitlines()
     assert convert.split()[1:] == ["-m", "convert", "demo", "--no-connector"]
-    assert "configs/demo_stage1.py" in stage1 and stage1.endswith("--x=1 ")
-    assert "configs/demo_stage2.py" in stage2 and "work\\ folder/stage1" in stage2
+    assert "configs/demo_warmup.py" in warmup and "config.init" not in warmup
+    assert "configs/demo_stage1.py" in stage1 and stage1.endswith(
+        "folder/warmup --x=1 "
+    )
+    assert "configs/demo_stage2.py" in stage2 and stage2.endswith(
+        "folder/stage1 --x=1 "
+    )
     assert not work.exists()
 
 
@@ -222,3 +227,46 @@ def test_the_launcher_refuses_what_it_cannot_use(arguments, complaint):
     result = launch(*arguments)
     assert result.returncode == 2
     assert complaint in result.stderr
+
+
+REFUSE = """
+import socket
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("the network is not to be used")
+
+socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+"""
+
+
+def run_without_network(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in the clone; every way out of the process raises."""
+    (folder / "sitecustomize.py").write_text(REFUSE)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_demo_runs_without_network(tmp_path, demo_directory):
+    opener = "import urllib.request as u; u.urlopen('http://127.0.0.1:9')"
+    assert "not to be used" in run_without_network(tmp_path, "-c", opener).stderr
+
+    # As `make demo` does; the fixture has converted, also without network.
+    convert = run_without_network(tmp_path, "-m", "convert", "demo")
+    assert convert.returncode == 0, convert.stderr
+    assert convert.stdout.strip() == str(demo_directory)
+    photo = str(ROOT / "minigpt4_jax/assets/photos/dog.jpg")
+    question = "What is the dog doing?"
+    command = ["-m", "minigpt4_jax.chat", f"--image={photo}", f"--prompt={question}"]
+    chat = run_without_network(tmp_path, *command)
+    assert chat.returncode == 0, chat.stderr
+    assert len(chat.stdout.split()) > 3
+    assert "tokens/s" in chat.stderr
+    assert question not in chat.stderr
