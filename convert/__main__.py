@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(errors.InputError.exit_code)
     module = importlib.import_module(f"convert.{name}")
     flags.adopt_module_key_flags(module)  # for --help
-    errors.run(module.main, [f"python -m convert {name}", *map(underscored, rest)])
+    errors.run(module.main, [sys.argv[0], *map(underscored, rest)])
 
 
 def underscored(argument: str) -> str:

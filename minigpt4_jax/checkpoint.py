@@ -210,7 +210,7 @@ def save_directory(
             **manifest,
             "parameters": sum(array.size for array in arrays.values()),
             "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
-            "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
+            "files": {f.name: f.stat().st_size for f in sorted(folder.glob("model-*"))},
         }
         _write(folder / "manifest.json", _json(written))
 
@@ -218,7 +218,10 @@ def save_directory(
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """One file that replaces the one before only when it is whole and on disk."""
     part = path.with_name(f".{path.name}.part")
+    part.touch()
+    mode = part.stat().st_mode
     save_file(dict(arrays), part, metadata={"format": str(FORMAT)})
+    part.chmod(mode)  # safetensors makes files private; the umask decides
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
@@ -268,6 +271,8 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _remove_leftovers(path: Path) -> None:
     """Unfinished folders of processes of this machine that are no more."""
+    if os.name == "nt":
+        return  # there, asking whether a process lives would end it
     prefix = f".{path.name}.part-{socket.gethostname()}-"
     for old in path.parent.glob(f"{prefix}*"):
         try:
@@ -411,7 +416,8 @@ def _read(tensor: Any, dtype: Any, where: Any) -> jax.Array:
     """A tensor as a jax array; each device reads the part that it will hold."""
     shape = tuple(tensor.get_shape())
     if where is None:
-        return jnp.asarray(np.asarray(tensor[...]).astype(dtype, copy=False))
+        # Not jnp.asarray: on a CPU it copies, and this takes the buffer as it is.
+        return jax.device_put(np.asarray(tensor[...]).astype(dtype, copy=False))
 
     def part(index):
         return np.asarray(tensor[index]).astype(dtype, copy=False)
