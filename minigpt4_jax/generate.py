@@ -1,0 +1,172 @@
+r"""Answer about many images: python -m minigpt4_jax.generate --images PATH --out FILE.
+
+    python -m minigpt4_jax.generate --checkpoint demo --images FOLDER|FILE|LIST.jsonl \
+        --prompt "Describe this image in one sentence." --out answers.jsonl
+
+Writes one JSON object a line, as answers are ready: `image`, `prompt`, `answer`,
+`finish_reason`; for an image that cannot be read `image`, `prompt`, `error`. The same
+command again answers what has no answer yet, errors included. Knobs: configs/generate.py.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tqdm
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from minigpt4_jax import errors
+from minigpt4_jax.data.sources import ImageRecord, list_images
+from minigpt4_jax.generator import Generator
+from minigpt4_jax.request import Request, Sampling, user
+
+logger = logging.getLogger(__name__)
+
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "max_tokens")
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags and answer."""
+    args = flags.FLAGS
+    if argv[1:]:
+        raise errors.InputError(f"generate takes flags only, got {argv[1]!r}")
+    if not args.images or not args.out:
+        raise errors.InputError("generate needs --images and --out")
+    out = Path(args.out)
+    tasks = [(r, r.prompt or args.prompt) for r in list_images(args.images)]
+    answered = keep_answered(out)
+    todo = [t for t in tasks if not _take(answered, (t[0].name, t[1]))]
+    logger.info("%d images, %d answered before", len(tasks), len(tasks) - len(todo))
+    if not todo:
+        return
+    cfg = args.config
+    generator = Generator.load(
+        args.checkpoint,
+        dtype=cfg.dtype or None,
+        batch_size=cfg.batch_size,
+        chunk=cfg.chunk,
+    )
+    bar = tqdm.tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="image")
+    began, tokens, failed = time.monotonic(), 0, 0
+    with bar, open(out, "a", encoding="utf-8") as file:
+        for line, count in answers(generator, todo, cfg):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+            tokens += count
+            failed += "error" in line
+    seconds = time.monotonic() - began
+    logger.info(
+        "%d answers, %d errors in %.0f s (%.1f images/s, %.0f tokens/s): %s",
+        len(todo) - failed,
+        failed,
+        seconds,
+        len(todo) / seconds,
+        tokens / seconds,
+        out,
+    )
+
+
+def answers(
+    generator: Generator, tasks: Iterable[tuple[ImageRecord, str]], cfg: ConfigDict
+) -> Iterator[tuple[dict, int]]:
+    """A line for each (image, prompt) and the tokens of its answer, as they are ready."""
+    sampling = Sampling(**{name: cfg[name] for name in SAMPLING})
+    pending: dict[str, dict] = {}
+    texts: dict[str, str] = {}
+
+    def requests() -> Iterator[Request]:
+        for number, (record, prompt) in enumerate(tasks):
+            key = str(number)
+            pending[key] = {"image": record.name, "prompt": prompt}
+            yield Request(
+                [user(prompt, record.path)],
+                sampling=sampling,
+                stop=cfg.stop,
+                seed=cfg.seed,
+                id=key,
+            )
+
+    for event in generator.submit(requests()):
+        key = event.request_id
+        texts[key] = texts.get(key, "") + event.piece
+        if event.finish_reason is None:
+            continue
+        line, text = pending.pop(key), texts.pop(key)
+        if event.error is not None:
+            yield line | {"error": event.error}, 0
+        else:
+            line |= {"answer": text, "finish_reason": event.finish_reason}
+            yield line, event.usage.answer_tokens
+
+
+def keep_answered(path: Path) -> Counter:
+    """Drop errors and a half-written last line from earlier output; count its answers.
+
+    Returns how often each (image, prompt) is answered.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Counter()
+    kept, found = [], Counter()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        line = _parsed(text)
+        if line is None and number < len(lines):
+            raise errors.InputError(
+                f"{path}, line {number}: not a line of answers; give another --out"
+            )
+        if line is not None and "answer" in line:
+            kept.append(text + "\n")
+            found[line["image"], line["prompt"]] += 1
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+    return found
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and {"image", "prompt"} <= set(line) else None
+
+
+def _take(counts: Counter, key: tuple[str, str]) -> bool:
+    """Whether the key is there; takes one of it away."""
+    counts[key] -= 1
+    return counts[key] >= 0
+
+
+def define_flags() -> None:
+    """Flags of this command; not at import, where two commands' names would collide."""
+    flags.DEFINE_string("checkpoint", "demo", "a converted model or a training run")
+    flags.DEFINE_string("images", None, "a folder, an image, or a LIST.jsonl")
+    flags.DEFINE_string(
+        "prompt",
+        "Describe this image in one sentence.",
+        "what to ask; a line of LIST.jsonl may ask something else",
+    )
+    flags.DEFINE_string("out", None, "where the answers go, one JSON object a line")
+    define_config("generate")
+
+
+def define_config(name: str) -> None:
+    """--config FILE, with the clone's configs/NAME.py as default."""
+    default = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    config_flags.DEFINE_config_file(
+        "config", str(default), "knobs, as in configs/" + name + ".py"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    errors.run(main)

@@ -1,0 +1,220 @@
+"""Talk to a model from Python: load it, ask about an image, stream, chat.
+
+    gen = Generator.load("demo")
+    gen("Describe this image.", image="photo.jpg")
+
+Everything here is thin over `submit`: requests in, events out (request.py).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from minigpt4_jax import checkpoint, locate
+from minigpt4_jax.data.images import ImageSource, read_image
+from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
+from minigpt4_jax.engine import Engine, Prepared
+from minigpt4_jax.errors import InputError
+from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+
+Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
+
+
+class Generator:
+    """A model and its tokenizer, ready to answer.
+
+    Args:
+        batch_size: answers decoded together, at most.
+        chunk: tokens decoded between two looks of the host, thus between two pieces.
+
+    Attributes:
+        model: the plain NNX module; on CPU its decoder's blocks are a list.
+        tokenizer: text to ids and back.
+    """
+
+    def __init__(
+        self,
+        model: MiniGPT4,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 8,
+        chunk: int = 8,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self._engine = Engine(model, tokenizer, slots=batch_size, chunk=chunk)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path = "demo",
+        *,
+        dtype: str | None = None,
+        batch_size: int = 8,
+        chunk: int = 8,
+    ) -> "Generator":
+        """The converted model "demo", another converted directory, or a training run.
+
+        Compiled programs are kept in $MINIGPT4_JAX_CACHE/compiled unless JAX has been
+        told another place.
+
+        Args:
+            name_or_path: a training work directory gives the model it trains with its
+                newest trainables.
+            dtype: of weights and products; default float32 on CPU, else bfloat16.
+
+        Raises:
+            CheckpointError: not there, damaged or of a newer format; says what to do.
+        """
+        _keep_compiled_programs()
+        if dtype is None:
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtypes = DTypes(param=dtype, compute=dtype, output=dtype)
+        path = checkpoint.resolve(name_or_path)
+        model = checkpoint.load_model(path, dtypes)
+        tokenizer = load_tokenizer(
+            checkpoint.base_directory(path),
+            bos_id=model.cfg.bos_id,
+            eos_ids=model.cfg.eos_ids,
+        )
+        return cls(model, tokenizer, batch_size=batch_size, chunk=chunk)
+
+    def __call__(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> str:
+        """The answer to one question, about an image, several or none; greedy by default.
+
+        Raises:
+            InputError: an image cannot be read, or the prompt does not fit.
+        """
+        return "".join(
+            self.stream(prompt, image, sampling=sampling, stop=stop, seed=seed)
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer in pieces of whole characters, as they are decoded."""
+        request = Request(
+            [user(prompt, *_images(image))], sampling=sampling, stop=stop, seed=seed
+        )
+        return _pieces(self.submit([request]))
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> "Chat":
+        """A conversation; its defaults are the reference's (temperature 1, top-p 0.9)."""
+        return Chat(self, system=system, sampling=sampling, stop=stop, seed=seed)
+
+    def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
+        """Events of all requests as they come; a request's own are in order.
+
+        Requests are read as room becomes free, so an endless iterator is fine. One that
+        cannot be answered gives an event with finish_reason "error".
+        """
+        return self._engine.submit(requests)
+
+    def prepare(self, request: Request) -> Prepared:
+        """A request checked and ready for `submit`: raises InputError now, not then."""
+        return self._engine.prepare(request)
+
+
+class Chat:
+    """A conversation that remembers its turns and images.
+
+    Attributes:
+        messages: the turns so far.
+        sampling: how the next answers are drawn.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        system: str | None = None,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ):
+        self.generator = generator
+        self.sampling = sampling
+        self._stop = tuple(stop)
+        self._seed = seed
+        self._system = [] if system is None else [Message("system", system)]
+        self.messages: list[Message] = []
+        self.reset()
+
+    def ask(self, text: str, image: Images = None) -> str:
+        """The whole answer to the next turn; an image stays in the conversation."""
+        return "".join(self.stream(text, image))
+
+    def stream(self, text: str, image: Images = None) -> Iterator[str]:
+        """The answer in pieces."""
+        return _pieces(self.events(text, image))
+
+    def events(self, text: str, image: Images = None) -> Iterator[Event]:
+        """The answer as events; what was said when the caller stops is remembered.
+
+        A turn that fails leaves the conversation as it was.
+        """
+        images = [read_image(source) for source in _images(image)]
+        turn = user(text, *images)
+        request = Request(
+            [*self.messages, turn],
+            sampling=self.sampling,
+            stop=self._stop,
+            seed=(self._seed + len(self.messages)) % 2**32,
+        )
+        said = []
+        try:
+            for event in self.generator.submit([request]):
+                if event.error is None:
+                    said.append(event.piece)
+                yield event
+        finally:
+            if said:
+                self.messages += [turn, Message("assistant", "".join(said))]
+
+    def reset(self) -> None:
+        """Forget all turns and images, but not the system message."""
+        self.messages = list(self._system)
+
+
+def _images(image: Images) -> list[ImageSource]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def _pieces(events: Iterable[Event]) -> Iterator[str]:
+    for event in events:
+        if event.error is not None:
+            raise InputError(event.error)
+        if event.piece:
+            yield event.piece
+
+
+def _keep_compiled_programs() -> None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        folder = locate.cache_root() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
