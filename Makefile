@@ -20,8 +20,8 @@ export DEMO_PROMPT = $(value PROMPT)
 .PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m convert demo
-	$(BIN)/python -m minigpt4_jax.chat \
+	@$(BIN)/python -m convert demo
+	@$(BIN)/python -m minigpt4_jax.chat \
 	    $${DEMO_IMAGE:+--image="$$DEMO_IMAGE"} $${DEMO_PROMPT:+--prompt="$$DEMO_PROMPT"}
 
 test: lint
@@ -37,7 +37,7 @@ lint: $(VENV)/.test
 
 # A stamp per extra: a second run installs nothing, a changed requirement installs again.
 $(VENV)/.demo: setup.py pyproject.toml constraints.txt weights.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; \
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(v < (3, 11) and "python %d.%d is too old: name 3.11 or later, as in make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PINNED) -e '.[demo]'
