@@ -1,6 +1,7 @@
-"""Stage 1 of the demo's connector: align on captions, no prompt.
+r"""Stage 1 of the demo's connector: align on captions, no prompt.
 
-python -m minigpt4_jax.train --config configs/demo_stage1.py --data DIR --workdir DIR
+python -m minigpt4_jax.train --config configs/demo_stage1.py --data DIR \
+    --workdir WORK/stage1 --features WORK/features --config.init WORK/warmup
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     cfg = ConfigDict()
     cfg.checkpoint = "demo-frozen"  # `python -m convert demo --no-connector` makes it
-    cfg.init = ""  # work directory of the stage before; empty: random trainables
+    cfg.init = ""  # work directory of the warm start; empty: random trainables
     cfg.trainable = (r"qformer/.*", r"projector/.*")
     cfg.loss = "captions"  # words: warm start | captions: stage 1 | dialogues: stage 2
     cfg.batch_size = 4  # photos a step, each with its (up to) five captions

@@ -8,56 +8,110 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from minigpt4_jax import sharding
 from minigpt4_jax.data.images import preprocess, read_image
 from minigpt4_jax.data.sources import TarShards
+from minigpt4_jax.errors import ConfigError, DataError, InputError
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 
 logger = logging.getLogger(__name__)
 
+BATCH = 16
+SAVE_EVERY = 20  # batches
 
-def patches(model: MiniGPT4, examples: TarShards, folder: Path, batch: int = 16):
+
+def check_frozen(paths: Iterable[str]) -> None:
+    """Raise ConfigError when what makes the patches is among the trainable `paths`."""
+    found = [path for path in paths if path.startswith(("vit/", "ln_vision/"))]
+    if found:
+        raise ConfigError(
+            f"config.trainable: got {found[0]}; training reads features that the ViT "
+            "made once, so vit and ln_vision have to stay frozen"
+        )
+
+
+def patches(
+    model: MiniGPT4, examples: TarShards, folder: Path, mesh: jax.sharding.Mesh
+) -> np.ndarray:
     """Patches of all examples, float16 [examples P E] mapped from a file in `folder`.
 
     The file's name is a hash of the frozen weights, the pixel rules and the shards, so
     features of other weights or data are never read. An interrupted run goes on where
-    it stopped. An image that cannot be decoded raises InputError.
+    it stopped.
+
+    Raises:
+        DataError: an image cannot be decoded, or its features are not finite in float16.
     """
     key = _key(model, examples)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / f"patches-{key}.npy"
     if done.exists():
         return np.load(done, mmap_mode="r")
-    part, count = folder / f"patches-{key}.part", folder / f"patches-{key}.count"
+    part, count = done.with_suffix(".part"), done.with_suffix(".count")
     shape = (len(examples), model.cfg.vit.num_patches, model.cfg.vit.width)
-    start = int(count.read_text()) if count.exists() and part.exists() else 0
+    start = _count(count) if part.exists() else 0
     out = np.lib.format.open_memmap(
         part, "r+" if start else "w+", dtype=np.float16, shape=shape
     )
-    encode = nnx.jit(lambda model, pixels_BHWC: model.encode_patches(pixels_BHWC))
+    parts = sharding.batch_parts(mesh)
+    batch = -(-BATCH // parts) * parts
     for i in tqdm(range(start, len(examples), batch), "features", disable=None):
         rows = range(i, min(i + batch, len(examples)))
-        pixels = [
-            preprocess(read_image(examples[j].image), model.cfg.vit) for j in rows
-        ]
+        pixels = [_pixels(model, examples, j) for j in rows]
         pixels += [pixels[-1]] * (batch - len(pixels))  # one compiled shape
-        features_BPE = encode(model, jnp.asarray(np.stack(pixels)))
-        out[rows.start : rows.stop] = np.asarray(features_BPE)[: len(rows)]
-        if (i // batch) % 20 == 19:
+        placed = sharding.place_batch({"pixels_BHWC": np.stack(pixels)}, mesh)
+        features_BPE = np.asarray(_encode(model, placed["pixels_BHWC"]))[: len(rows)]
+        with np.errstate(over="ignore"):  # refused below, by name
+            out[rows.start : rows.stop] = features_BPE
+        _refuse_infinite(out, examples, rows)
+        if (i // batch) % SAVE_EVERY == SAVE_EVERY - 1:
             out.flush()
-            count.write_text(str(rows.stop))
+            _write_count(count, rows.stop)
     out.flush()
     os.replace(part, done)
     count.unlink(missing_ok=True)
     logger.info("features of %d photos: %s", len(examples), done)
     return np.load(done, mmap_mode="r")
+
+
+@nnx.jit
+def _encode(model: MiniGPT4, pixels_BHWC):
+    return model.encode_patches(pixels_BHWC)
+
+
+def _pixels(model: MiniGPT4, examples: TarShards, i: int) -> np.ndarray:
+    try:
+        return preprocess(read_image(examples[i].image), model.cfg.vit)
+    except InputError as error:
+        raise DataError(f"photo {examples.keys[i]}: {error}") from error
+
+
+def _refuse_infinite(out, examples: TarShards, rows: range) -> None:
+    for i in rows:
+        if not np.isfinite(out[i]).all():
+            raise DataError(
+                f"photo {examples.keys[i]}: features are not finite in float16; are the "
+                "frozen weights whole and of this preset?"
+            )
+
+
+def _count(path: Path) -> int:
+    """How many examples an interrupted run is known to have finished."""
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _write_count(path: Path, count: int) -> None:
+    new = path.with_suffix(".count-new")
+    new.write_text(str(count))
+    os.replace(new, path)
 
 
 def _key(model: MiniGPT4, examples: TarShards) -> str:
@@ -68,6 +122,7 @@ def _key(model: MiniGPT4, examples: TarShards) -> str:
         for leaf in jax.tree.leaves(nnx.state(part)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
     for path in examples.paths:
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     digest.update("\n".join(examples.keys).encode())
     return digest.hexdigest()[:16]

@@ -1,9 +1,8 @@
 """AdamW with the reference's decay rule, linear warmup and cosine."""
 
+import difflib
 import re
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from minigpt4_jax.errors import ConfigError
@@ -41,8 +40,11 @@ def make_optimizer(cfg) -> optax.GradientTransformation:
 
 
 def decays(params: dict) -> dict:
-    """Which parameters decay: kernels. Source: the reference leaves out all that has
-    fewer than two dimensions or "bias", "ln" or "bn" in its name."""
+    """Which parameters decay: kernels.
+
+    Source: the reference leaves out all that has fewer than two dimensions or "bias",
+    "ln" or "bn" in its name. By that rule query tokens would decay; it never trains them.
+    """
     return {path: path.endswith("/kernel") for path in params}
 
 
@@ -53,14 +55,23 @@ def select(paths, patterns) -> list[str]:
     """
     paths = list(paths)
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in paths):
+        try:
+            hits = any(re.fullmatch(pattern, path) for path in paths)
+        except re.error as error:
             raise ConfigError(
-                f"config.trainable: {pattern!r} matches no parameter; paths look like "
-                f"{', '.join(paths[:3])}"
+                f"config.trainable: {pattern!r} is no regular expression ({error})"
+            ) from error
+        if not hits:
+            raise ConfigError(
+                f"config.trainable: {pattern!r} matches no parameter; "
+                f"{_nearest(pattern, paths)}"
             )
     return [p for p in paths if any(re.fullmatch(pattern, p) for pattern in patterns)]
 
 
-def norm(tree) -> jax.Array:
-    """Euclidean norm over all leaves."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+def _nearest(pattern: str, paths: list[str]) -> str:
+    """The path, or everything below one, that a mistyped pattern may have meant."""
+    parts = {path[:i] for path in paths for i, c in enumerate(path) if c == "/"}
+    known = [*paths, *(f"{part}/.*" for part in sorted(parts))]
+    near = difflib.get_close_matches(pattern, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"paths look like {paths[0]!r}"

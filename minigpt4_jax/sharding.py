@@ -77,16 +77,45 @@ def place(model: nnx.Module, mesh: Mesh) -> None:
         )
 
 
-def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Split the leading dimension of every array over the batch axes.
+def place_state(tree, mesh: Mesh):
+    """Arrays by parameter path, and what an optimizer keeps of them, in their places.
 
-    Raises ConfigError when it does not divide.
+    An array under a dict key that is a path goes where that parameter goes; all else
+    (counts of steps) goes to every device.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(keys, x):
+        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        path = next((name for name in reversed(names) if "/" in name), None)
+        if path is None:
+            return jax.device_put(x, NamedSharding(mesh, P()))
+        return jax.device_put(x, parameter_sharding(path, x.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Over how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(size: int, mesh: Mesh) -> None:
+    """Raise ConfigError when a batch of this size cannot be split evenly."""
+    if size % batch_parts(mesh):
+        raise ConfigError(
+            f"a batch of {size} does not split over data={mesh.shape['data']} times "
+            f"fsdp={mesh.shape['fsdp']} devices; change config.batch_size or config.mesh"
+        )
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict:
+    """Split arrays whose names say that B leads (`ids_BT`); others go to every device."""
+    placed = {}
     for name, value in batch.items():
-        if value.shape[0] % parts:
-            raise ConfigError(
-                f"{name}: a batch of {value.shape[0]} does not split over {parts} "
-                "devices; change config.batch_size or config.mesh"
-            )
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+        split = name.rpartition("_")[2].startswith("B")
+        if split:
+            check_batch(value.shape[0], mesh)
+        placed[name] = jax.device_put(
+            value, NamedSharding(mesh, BATCH if split else P())
+        )
+    return placed

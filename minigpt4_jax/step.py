@@ -1,6 +1,7 @@
 """One optimizer update: loss, gradients of the trainables alone, AdamW."""
 
 import functools
+import logging
 import math
 
 import jax
@@ -10,6 +11,10 @@ from flax import nnx
 
 from minigpt4_jax import optim
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+
+logger = logging.getLogger(__name__)
+
+SHARPNESS = 25.0  # of word_loss: a cosine of 0.3 lifts a word from 1 % to likely
 
 
 class Trainables:
@@ -27,6 +32,11 @@ class Trainables:
             for name, path in self.paths.items()
         }
         self.frozen = {path: v for path, v in flat.items() if path not in trained}
+
+    def log(self) -> None:
+        """Show the trainable set: a pattern that hits too much is seen here."""
+        size = sum(value.size for value in self.params.values())
+        logger.info("trainable: %d parameters\n  %s", size, "\n  ".join(self.params))
 
     def model(self, params: dict, frozen=None) -> MiniGPT4:
         """The whole model with these values of the trainables."""
@@ -47,7 +57,7 @@ def answer_loss(model: MiniGPT4, batch: dict):
     return model.loss(batch, image_embeddings(model, batch))[0]
 
 
-def word_loss(model: MiniGPT4, batch: dict, words_V, share_V):
+def word_loss(model: MiniGPT4, batch: dict):
     """How well image embeddings name the words of a photo's captions; no decoder.
 
     Each word's logit is the soft maximum over queries of the cosine between an image
@@ -57,21 +67,20 @@ def word_loss(model: MiniGPT4, batch: dict, words_V, share_V):
     that of the table's rows, so that the decoder later meets what it knows.
 
     Args:
-        batch: patches_BPE, target_BV (share of the photo's captions with the word).
-        words_V: token ids; share_V: share of all captions with the token, in (0, 1).
+        batch: patches_BPE; words_V, token ids; target_BV, share of the photo's captions
+            that have the word; share_V, share of all captions, in (0, 1).
     """
     image_BQD = image_embeddings(model, batch)
-    table_VD = model.llama.embed.embedding[...][words_V].astype(jnp.float32)
+    table_VD = model.llama.embed.embedding[...][batch["words_V"]].astype(jnp.float32)
     lengths_V = jnp.linalg.norm(table_VD, axis=-1)
     lengths_BQ = jnp.linalg.norm(image_BQD, axis=-1)
-    sharpness = 25.0  # a cosine of 0.3 lifts a word from 1 % to likely
     cosine_BQV = jnp.einsum(
         "BQD,VD->BQV",
         image_BQD / (lengths_BQ[..., None] + 1e-6),
         table_VD / lengths_V[:, None],
     )
-    prior_V = jnp.log(share_V) - jnp.log1p(-share_V)
-    heard_BV = jax.nn.logsumexp(sharpness * cosine_BQV, axis=1)
+    prior_V = jnp.log(batch["share_V"]) - jnp.log1p(-batch["share_V"])
+    heard_BV = jax.nn.logsumexp(SHARPNESS * cosine_BQV, axis=1)
     logits_BV = heard_BV - math.log(image_BQD.shape[1]) + prior_V
     named = optax.sigmoid_binary_cross_entropy(logits_BV, batch["target_BV"])
     length = jnp.square(lengths_BQ / lengths_V.mean() - 1).mean()
@@ -79,21 +88,23 @@ def word_loss(model: MiniGPT4, batch: dict, words_V, share_V):
 
 
 def make_step(trainables: Trainables, loss_fn, optimizer):
-    """(params, opt_state, frozen, batch) -> (params, opt_state, metrics), compiled.
+    """(state, frozen, batch) -> (state, metrics), compiled.
 
-    Frozen weights are an argument, so that they are neither constants of the program
-    nor differentiated; params and opt_state are updated in place.
+    `state` is {"params", "opt_state"} and updated in place. Frozen weights are an
+    argument, so that they are neither constants of the program nor differentiated.
     """
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, frozen, batch):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, frozen, batch):
+        params, opt_state = state["params"], state["opt_state"]
+
         def loss_of(params):
             return loss_fn(trainables.model(params, frozen), batch)
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, opt_state, {"loss": loss, "grad_norm": optim.norm(grads)}
+        state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+        return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
     return step
 

@@ -1,35 +1,28 @@
 """Train the connector: python -m minigpt4_jax.train --config FILE --data DIR --workdir DIR.
 
-The work directory gets config.json, metrics.jsonl, checkpoints/ (Orbax: trainables and
-optimizer), trainables.safetensors (the newest trainables, what Generator.load reads).
-Run the same command again to resume.
+What the work directory gets is in workdir.py. The same command again resumes. SIGTERM
+saves first and exits with code 143.
 """
 
-import functools
+import contextlib
 import itertools
-import json
 import logging
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags
 from ml_collections import config_flags
 
-from minigpt4_jax import checkpoint, errors, features, optim, sharding
-from minigpt4_jax.data import pipeline
-from minigpt4_jax.data.prompts import find_template
+from minigpt4_jax import checkpoint, errors, features, optim, run_config, sharding
 from minigpt4_jax.data.sources import TarShards
 from minigpt4_jax.data.tokens import load_tokenizer
-from minigpt4_jax.step import (
-    Trainables,
-    answer_loss,
-    make_evaluate,
-    make_step,
-    word_loss,
-)
+from minigpt4_jax.step import Trainables, make_evaluate, make_step
+from minigpt4_jax.task import make_task, sample
+from minigpt4_jax.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
 
@@ -40,166 +33,153 @@ FEATURES = flags.DEFINE_string(
     "features", None, "where frozen features are kept (default: in the work directory)"
 )
 
+TERMINATED = 128 + signal.SIGTERM  # exit code of a run that has more to do
+HELD_OUT = 64  # photos of val whose loss is logged
+SAMPLES = 3  # photos of val that the model describes
 
-def main(argv: list[str]) -> None:
-    """Read the flags and train."""
+
+def main(argv: list[str]) -> int:
+    """Read the flags and train; returns the exit code."""
     if argv[1:]:
         raise errors.InputError(f"train takes flags only, got {argv[1]!r}")
     cfg = CONFIG.value
     if cfg is None or not DATA.value or not WORKDIR.value:
         raise errors.InputError("train needs --config, --data and --workdir")
-    train(cfg, Path(DATA.value), Path(WORKDIR.value), FEATURES.value)
+    finished = train(cfg, Path(DATA.value), Path(WORKDIR.value), FEATURES.value)
+    return 0 if finished else TERMINATED
 
 
-def train(cfg, data: Path, workdir: Path, features_dir=None) -> None:
-    """Train until `cfg.optim.total_steps`; resumes what stands in `workdir`."""
-    mesh = sharding.make_mesh(**cfg.mesh)
+def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bool:
+    """Train until `cfg.optim.total_steps`, resuming what stands in `workdir`.
+
+    Args:
+        features_dir: as --features.
+        devices: of the mesh; default all.
+
+    Returns:
+        Whether the run is finished; False when SIGTERM ended it early.
+    """
+    # Mesh and config.
+    run_config.check(cfg)
+    mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
+    sharding.check_batch(cfg.batch_size, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
-    write_config(cfg, directory, workdir)
+    run = WorkDir(Path(workdir), cfg, directory)
+    total = cfg.optim.total_steps
+    if run.step == total:
+        logger.info("%s is at step %d of %d already", run.path, run.step, total)
+        return True
 
-    # Data and model.
-    photos = {split: TarShards(data / split) for split in ("train", "val")}
-    captions = {s: [p[i].captions for i in range(len(p))] for s, p in photos.items()}
-    model = checkpoint.load_model(directory, absent=tuple(cfg.trainable), mesh=mesh)
+    # Model: the frozen weights in their places, and what is trained.
+    model = checkpoint.load_model(
+        directory, absent=tuple(cfg.trainable), mesh=mesh, seed=cfg.seed
+    )
     if cfg.init:
         checkpoint.load_trainables(model, checkpoint.resolve(cfg.init))
-    folder = Path(features_dir) if features_dir else workdir / "features"
-    patches = {s: features.patches(model, p, folder) for s, p in photos.items()}
+    trainables = Trainables(model, cfg.trainable)
+    trainables.log()
+    features.check_frozen(trainables.paths)
+
+    # Data.
+    photos = {split: TarShards(data / split) for split in ("train", "val")}
+    folder = Path(features_dir or run.path / "features")
+    patches = {s: features.patches(model, p, folder, mesh) for s, p in photos.items()}
+    captions = {s: [x.captions for x in p] for s, p in photos.items()}
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )
-    loss_fn, batches = make_task(cfg, model.cfg, tokenizer, captions, patches)
+    task = make_task(cfg, model.cfg, tokenizer, captions, patches)
 
     # Optimizer.
-    trainables = Trainables(model, cfg.trainable)
-    size = sum(p.size for p in trainables.params.values())
-    logger.info("trainable: %d parameters\n  %s", size, "\n  ".join(trainables.paths))
     optimizer = optim.make_optimizer(cfg.optim)
-    params, frozen = trainables.params, trainables.frozen
-    opt_state = optimizer.init(params)
+    rate = optim.schedule(cfg.optim)
+    params = trainables.params
+    state = {"params": params, "opt_state": optimizer.init(params)}
 
     # Restore.
-    manager = ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=2),
-    )
-    start = manager.latest_step() or 0
-    if start:
-        state = {"params": params, "opt_state": opt_state}
-        state = manager.restore(start, args=ocp.args.StandardRestore(state))
-        params, opt_state = state["params"], state["opt_state"]
-        logger.info("resumed at step %d", start)
+    start = run.step
+    state = run.restore(sharding.place_state(state, mesh))
 
     # Loop.
-    step_fn = make_step(trainables, loss_fn, optimizer)
-    evaluate = make_evaluate(trainables, loss_fn)
-    rate = optim.schedule(cfg.optim)
-    total = cfg.optim.total_steps
-    held_out = [
-        sharding.place_batch(batch, mesh)
-        for batch in itertools.islice(batches("val", 0), max(1, 64 // cfg.batch_size))
-    ]
-    began, photos_seen = time.monotonic(), 0
-    train_batches = batches("train", start)
-    for step in range(start, total):
-        batch = sharding.place_batch(next(train_batches), mesh)
-        params, opt_state, metrics = step_fn(params, opt_state, frozen, batch)
-        photos_seen += cfg.batch_size
-        done = step + 1
-        record = {}
-        if done % cfg.log_every == 0 or done == total:
-            record = {name: float(value) for name, value in metrics.items()}
-            record["lr"] = float(rate(step))
-            record["photos_per_s"] = photos_seen / (time.monotonic() - began)
-        if done % cfg.eval_every == 0 or done == total:
-            losses = [float(evaluate(params, frozen, batch)) for batch in held_out]
-            record["val_loss"] = float(np.mean(losses))
-        if record:
-            log(workdir, {"step": done, **record})
-        if done % cfg.save_every == 0 or done == total:
-            state = {"params": params, "opt_state": opt_state}
-            manager.save(done, args=ocp.args.StandardSave(state), force=True)
-            manager.wait_until_finished()  # the next step reuses these buffers
-            checkpoint.save_trainables(workdir, params)
-    manager.wait_until_finished()
-    manager.close()
+    step_fn = make_step(trainables, task.loss_fn, optimizer)
+    looks = Looks(trainables, task, tokenizer, photos["val"], mesh, cfg.batch_size)
+    batches = task.batches("train", start)
+    batch = sharding.place_batch(next(batches), mesh)
+    timer = Timer(cfg.batch_size, start)
+    with terminated() as stop:
+        for step in range(start, total):
+            state, metrics = step_fn(state, trainables.frozen, batch)
+            # Made by the host while the devices work on the step.
+            batch = sharding.place_batch(next(batches), mesh)
+            done, last = step + 1, step + 1 == total or stop()
+            record = {}
+            if done % cfg.log_every == 0 or last:
+                record = {name: float(value) for name, value in metrics.items()}
+                record |= {"lr": float(rate(step)), "photos_per_s": timer.rate(done)}
+            if done % cfg.eval_every == 0 or done == total:
+                record["val_loss"] = looks.loss(state["params"])
+                run.log_samples(done, looks.samples(state["params"]))
+            if record:
+                run.log(done, record)
+            if done % cfg.save_every == 0 or last:
+                run.save(done, state)
+            if last:
+                break
+
+    # Finish.
+    run.close()
+    return run.step == total
 
 
-def make_task(cfg, model_cfg, tokenizer, captions, patches):
-    """The loss, and batches(split, start step), that `cfg.loss` names."""
-    if cfg.loss == "words":
-        words_V, share_V = pipeline.vocabulary(
-            captions["train"], tokenizer, cfg.words.least
-        )
-        loss_fn = functools.partial(word_loss, words_V=words_V, share_V=share_V)
+class Looks:
+    """What is looked at now and then, on photos that are not trained on."""
 
-        def batches(split, start):
-            return pipeline.word_batches(
-                captions[split],
-                patches[split],
-                tokenizer,
-                words_V,
-                seed=cfg.seed,
-                batch_size=cfg.batch_size,
-                start=start,
-            )
+    def __init__(self, trainables, task, tokenizer, photos, mesh, batch_size):
+        self.trainables, self.task, self.tokenizer = trainables, task, tokenizer
+        self.photos = [photos[i] for i in range(min(SAMPLES, len(photos)))]
+        count = max(1, HELD_OUT // batch_size)
+        self.batches = [
+            sharding.place_batch(batch, mesh)
+            for batch in itertools.islice(task.batches("val", 0), count)
+        ]
+        self.evaluate = make_evaluate(trainables, task.loss_fn)
 
-        return loss_fn, batches
-    tasks = {
-        "captions": lambda: pipeline.caption_texts(tokenizer, model_cfg.num_slots),
-        "dialogues": lambda: pipeline.dialogue_texts(
-            tokenizer,
-            model_cfg.num_slots,
-            find_template(model_cfg.template),
-            cfg.dialogues.one_sentence,
-        ),
-    }
-    if cfg.loss not in tasks:
-        raise errors.ConfigError(
-            errors.unknown("config.loss", cfg.loss, ["words", *tasks])
-        )
-    texts = tasks[cfg.loss]()
+    def loss(self, params: dict) -> float:
+        """Mean of the losses of the first batches of val, always the same ones."""
+        frozen = self.trainables.frozen
+        losses = [self.evaluate(params, frozen, batch) for batch in self.batches]
+        return float(np.mean(jax.device_get(losses)))
 
-    def batches(split, start):
-        return pipeline.caption_batches(
-            captions[split],
-            patches[split],
-            texts,
-            seed=cfg.seed,
-            batch_size=cfg.batch_size,
-            row=cfg.row,
-            start=start,
-        )
-
-    return answer_loss, batches
+    def samples(self, params: dict) -> dict[str, str]:
+        """What the model says about a few photos; {} while the decoder is not used."""
+        if self.task.prompt is None:
+            return {}
+        model = self.trainables.model(params)
+        return sample(model, self.tokenizer, self.task, self.photos)
 
 
-def write_config(cfg, directory: Path, workdir: Path) -> None:
-    """config.json: the resolved config and which frozen weights it belongs to.
+class Timer:
+    """Photos a second between two looks at it."""
 
-    A work directory that was made with another config than the length of the run
-    raises ConfigError: resuming would mix two runs.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    new = {"format": 1, "checkpoint": str(directory), "config": cfg.to_dict()}
-    new = json.loads(json.dumps(new))
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old != new:
-            raise errors.ConfigError(
-                f"{path}: got a run with another config; want the same to resume, or "
-                "a new --workdir"
-            )
-        return
-    path.write_text(json.dumps(new, indent=1) + "\n")
+    def __init__(self, batch_size: int, step: int):
+        self.batch_size, self.step, self.began = batch_size, step, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        now = time.monotonic()
+        photos, seconds = (step - self.step) * self.batch_size, now - self.began
+        self.step, self.began = step, now
+        return photos / seconds
 
 
-def log(workdir: Path, record: dict) -> None:
-    """One line in metrics.jsonl and in the log."""
-    with open(workdir / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    logger.info("%s", " ".join(f"{k} {v:.5g}" for k, v in record.items()))
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, as a function; the loop ends at the next step."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

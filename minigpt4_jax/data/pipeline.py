@@ -84,15 +84,11 @@ def pack(turns: Sequence[Turn], length: int, answer_length: int) -> dict:
         ids_T, slots_T, segments_T, positions_T; answer_ids_A: tokens to be predicted;
         answer_from_A: the places whose output predicts them; loss_mask_A.
     """
+    assert 0 < len(turns) < BRANCHES
     prompts = [list(zip(ids, slots, strict=True)) for ids, slots, _ in turns]
     shared = _common(prompts)
     if any(slot for prompt in prompts for _, slot in prompt[shared:]):
         raise DataError("turns of a row differ before the image ends; cannot share it")
-    if shared >= length:
-        raise DataError(
-            f"a prompt of {shared} tokens leaves no room for an answer in a row of "
-            f"{length}; raise config.row.tokens"
-        )
     row = {
         "ids_T": np.zeros(length, np.int32),
         "slots_T": np.zeros(length, bool),
@@ -106,6 +102,12 @@ def pack(turns: Sequence[Turn], length: int, answer_length: int) -> dict:
     row["slots_T"][:shared] = [slot for _, slot in prompts[0][:shared]]
     row["segments_T"][:shared] = BRANCHES
     row["positions_T"][:shared] = np.arange(shared)
+    first = len(prompts[0])
+    if first >= length:
+        raise DataError(
+            f"a prompt of {first} tokens leaves no room for an answer in a row of "
+            f"{length}; raise config.row.tokens"
+        )
     at, answered = shared, 0
     for branch, (ids, _, answer) in enumerate(turns, start=1):
         own = ids[shared:]
@@ -167,7 +169,7 @@ def caption_batches(
         picks = order(seed, len(captions), batch_size, step)
         rows = []
         for epoch, i in picks:
-            rng = np.random.default_rng([seed, epoch, i])
+            rng = np.random.default_rng([seed, epoch, i + 1])  # 0 would be order's own
             rows.append(pack(texts(captions[i], rng), row.tokens, row.answers))
         batch = {
             name[:-1] + "B" + name[-1]: np.stack([r[name] for r in rows])
@@ -182,7 +184,8 @@ def caption_batches(
 def vocabulary(
     captions: Sequence[Sequence[str]], tokenizer: Tokenizer, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens found in at least `least` captions, and in what share of captions each is."""
+    """words_V, the tokens found in at least `least` captions, and share_V, the share of
+    captions that each is in."""
     counts: Counter[int] = Counter()
     total = 0
     for texts in captions:
@@ -192,23 +195,26 @@ def vocabulary(
     words = sorted(token for token, n in counts.items() if n >= least)
     if not words:
         raise ConfigError(f"no token is in {least} captions; lower config.words.least")
-    return np.array(words), np.array([counts[w] / total for w in words], np.float32)
+    # A word of every caption would have an infinite logit.
+    share = [min(counts[word], total - 0.5) / total for word in words]
+    return np.array(words, np.int32), np.array(share, np.float32)
 
 
 def word_batches(
     captions: Sequence[Sequence[str]],
     patches,
     tokenizer: Tokenizer,
-    words,
+    words_V,
+    share_V,
     *,
     seed: int,
     batch_size: int,
     start: int = 0,
 ) -> Iterator[dict]:
-    """Batches for the warm start: patches_BPE, and target_BV: the share of a photo's
-    captions that hold each of `words`."""
-    column = {int(word): i for i, word in enumerate(words)}
-    targets = np.zeros((len(captions), len(words)), np.float16)
+    """Batches for the warm start: patches_BPE; target_BV, the share of a photo's captions
+    that hold each word; and `vocabulary`'s words_V and share_V."""
+    column = {int(word): i for i, word in enumerate(words_V)}
+    targets = np.zeros((len(captions), len(words_V)), np.float16)
     for i, texts in enumerate(captions):
         for text in texts:
             found = [column[t] for t in set(tokenizer.encode(text)) if t in column]
@@ -219,6 +225,8 @@ def word_batches(
         yield {
             "patches_BPE": np.asarray(patches[images], np.float32),
             "target_BV": targets[images].astype(np.float32),
+            "words_V": words_V,
+            "share_V": share_V,
         }
         step += 1
 

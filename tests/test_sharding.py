@@ -1,0 +1,131 @@
+"""The table of places, and that a run is the same on one device and on eight."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from minigpt4_jax import checkpoint, optim, sharding
+from minigpt4_jax.data import pipeline
+from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.step import Trainables, answer_loss, make_step
+from tests import tiny
+from tests.training import TRAINABLE, captions, config, random_patches
+
+SHAPES = {name: checkpoint.parameter_shapes(PRESETS[name]) for name in PRESETS}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_parameter_matches_exactly_one_row_of_its_rank(preset):
+    for path, shape in SHAPES[preset].items():
+        hits = [axes for pattern, axes in sharding.RULES if matches(pattern, path)]
+        assert len(hits) == 1, (path, hits)
+        assert len(hits[0]) in (0, len(shape)), (path, shape, hits[0])
+
+
+def test_each_row_is_used():
+    paths = {path for shapes in SHAPES.values() for path in shapes}
+    for pattern, _ in sharding.RULES:
+        assert any(matches(pattern, path) for path in paths), pattern
+
+
+def matches(pattern, path):
+    return sharding.re.fullmatch(pattern, path) is not None
+
+
+def test_layers_are_never_split():
+    for pattern, axes in sharding.RULES:
+        if "blocks" in pattern and axes:
+            assert axes[0] is None, pattern
+
+
+def test_a_path_without_a_row_is_refused():
+    with pytest.raises(ConfigError, match="audio/kernel: no row"):
+        sharding.spec("audio/kernel")
+
+
+def test_an_axis_that_does_not_divide_its_dimension_is_dropped():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    path = "llama/blocks/attn/q/kernel"
+    nine_heads = sharding.parameter_sharding(path, (30, 576, 9, 64), mesh)
+    assert nine_heads.spec == P(None, "fsdp", None, None)
+    eight_heads = sharding.parameter_sharding(path, (30, 576, 8, 64), mesh)
+    assert eight_heads.spec == P(None, "fsdp", "tensor", None)
+
+
+def test_a_mesh_takes_the_devices_that_are_left_or_says_how_many_there_are():
+    assert dict(sharding.make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ConfigError, match="needs 6 devices, there are 8"):
+        sharding.make_mesh(data=3, fsdp=2)
+    with pytest.raises(ConfigError, match="there are 8"):
+        sharding.make_mesh(tensor=16)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_it_is_moved():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    sharding.check_batch(4, mesh)
+    with pytest.raises(ConfigError, match="a batch of 6 does not split over data=2"):
+        sharding.check_batch(6, mesh)
+    with pytest.raises(ConfigError, match="change config.batch_size"):
+        sharding.place_batch({"ids_BT": np.zeros((6, 3))}, mesh)
+
+
+def test_only_arrays_with_a_batch_are_split():
+    mesh = sharding.make_mesh()
+    placed = sharding.place_batch(
+        {"ids_BT": np.zeros((8, 3)), "words_V": np.zeros(5)}, mesh
+    )
+    assert placed["ids_BT"].sharding.shard_shape((8, 3)) == (1, 3)
+    assert placed["words_V"].sharding.is_fully_replicated
+
+
+def test_moments_lie_where_their_parameter_lies_and_counts_everywhere():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    paths = {"llama/head/kernel": (8, 6), "projector/kernel": (5, 8)}
+    params = {path: np.zeros(shape, np.float32) for path, shape in paths.items()}
+    optimizer = optim.make_optimizer(config("unused").optim)
+    state = sharding.place_state(
+        {"params": params, "opt_state": optimizer.init(params)}, mesh
+    )
+    for keys, x in jax.tree_util.tree_leaves_with_path(state):
+        split = "llama/head/kernel" in jax.tree_util.keystr(keys)
+        assert x.sharding.shard_shape(x.shape) == ((2, 3) if split else x.shape), keys
+
+
+def test_the_losses_are_the_same_on_one_device_and_in_every_split_of_eight():
+    steps = 3
+    texts = pipeline.caption_texts(tiny.tokenizer(), tiny.CONFIG.num_slots)
+    batches = pipeline.caption_batches(
+        [captions(i) for i in range(8)],
+        random_patches(8),
+        texts,
+        seed=0,
+        batch_size=8,
+        row=config("unused").row,
+    )
+    data = [next(batches) for _ in range(steps)]
+    one = losses(sharding.make_mesh(devices=jax.devices()[:1]), data)
+    assert one[-1] < one[1]  # the first update has learning rate 0
+    for axes in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)):
+        eight = losses(sharding.make_mesh(**axes), data)
+        # Sums in another order: float32 rounding, carried through two updates.
+        np.testing.assert_allclose(eight, one, rtol=1e-5, err_msg=str(axes))
+
+
+def losses(mesh, data) -> list[float]:
+    model = tiny.model()
+    sharding.place(model, mesh)
+    # One array of the decoder too, so that a trainable is split where the mesh can.
+    trainables = Trainables(model, [*TRAINABLE, "llama/blocks/mlp/up/kernel"])
+    optimizer = optim.make_optimizer(config("unused").optim)
+    params = trainables.params
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    state = sharding.place_state(state, mesh)
+    step = make_step(trainables, answer_loss, optimizer)
+    found = []
+    for batch in data:
+        placed = sharding.place_batch(batch, mesh)
+        state, metrics = step(state, trainables.frozen, placed)
+        found.append(float(metrics["loss"]))
+    return found
