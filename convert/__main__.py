@@ -24,6 +24,7 @@ def main() -> None:
         print(errors.unknown("command", name, COMMANDS), file=sys.stderr)
         sys.exit(errors.InputError.exit_code)
     module = importlib.import_module(f"convert.{name}")
+    module.define_flags()
     flags.adopt_module_key_flags(module)  # for --help
     errors.run(module.main, [sys.argv[0], *map(underscored, rest)])
 

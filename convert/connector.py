@@ -15,17 +15,19 @@ from minigpt4_jax.models.minigpt4 import DEMO
 
 FILE_BYTES = 15_000_000
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where training saved its trainables.")
-OUT = flags.DEFINE_string(
-    "out", None, "Folder for the files (assets/demo to ship them)."
-)
+
+def define_flags() -> None:
+    """The flags of `convert connector`."""
+    flags.DEFINE_string("workdir", None, "Where training saved its trainables.")
+    flags.DEFINE_string("out", None, "Folder for the files (assets/demo to ship them).")
 
 
 def main(argv: list[str]) -> None:
     """Read the flags and write."""
-    if argv[1:] or not WORKDIR.value or not OUT.value:
+    args = flags.FLAGS
+    if argv[1:] or not args.workdir or not args.out:
         raise InputError("convert connector needs --workdir and --out, and no more")
-    for path in write(Path(WORKDIR.value), Path(OUT.value)):
+    for path in write(Path(args.workdir), Path(args.out)):
         print(path)
 
 

