@@ -78,7 +78,10 @@ def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=Non
 
 
 class Linear(nnx.Module):
-    """Weights of `linear`: kernel [in, out] (normal, std 1/sqrt(fan in)), zero bias."""
+    """Weights of `linear`: kernel [in, out], normal, and a zero bias.
+
+    `std` is that of a fresh kernel; None: 1/sqrt(fan in), which keeps a signal's size.
+    """
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Linear(nnx.Module):
         out_shape: int | tuple[int, ...],
         *,
         use_bias: bool = True,
+        std: float | None = None,
         dtypes: DTypes,
         rngs: nnx.Rngs,
     ):
@@ -93,7 +97,7 @@ class Linear(nnx.Module):
         outs = (out_shape,) if isinstance(out_shape, int) else out_shape
         self.axes = len(ins)
         self.dtypes = dtypes
-        std = 1 / math.sqrt(math.prod(ins))
+        std = 1 / math.sqrt(math.prod(ins)) if std is None else std
         kernel = std * jax.random.normal(rngs.params(), ins + outs, jnp.float32)
         self.kernel = nnx.Param(kernel.astype(dtypes.param))
         if use_bias:
@@ -156,9 +160,17 @@ def gelu(x):
 class MLP(nnx.Module):
     """Two linear layers with GELU between them (ViT and Q-Former)."""
 
-    def __init__(self, width: int, mlp_width: int, *, dtypes: DTypes, rngs: nnx.Rngs):
-        self.up = Linear(width, mlp_width, dtypes=dtypes, rngs=rngs)
-        self.down = Linear(mlp_width, width, dtypes=dtypes, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        std: float | None = None,
+        dtypes: DTypes,
+        rngs: nnx.Rngs,
+    ):
+        self.up = Linear(width, mlp_width, std=std, dtypes=dtypes, rngs=rngs)
+        self.down = Linear(mlp_width, width, std=std, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, x):
         return self.down(gelu(self.up(x)))

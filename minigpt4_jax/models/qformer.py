@@ -21,6 +21,10 @@ from minigpt4_jax.models.layers import (
 )
 
 
+# BERT's: branches small beside the residual stream, which tells the queries apart.
+INIT_STD = 0.02
+
+
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
     """Sizes of a Q-Former; `encoder_width` is the ViT's."""
@@ -77,7 +81,9 @@ class QFormer(nnx.Module):
         self.cfg = cfg
         self.dtypes = dtypes
         new = dict(dtypes=dtypes)
-        normal = nnx.initializers.normal(0.02)
+        # Normalised at once, so their size is free: at 0.02, BERT's, a few dozen steps of
+        # Adam in one direction outweigh what tells them apart, and they become one query.
+        normal = nnx.initializers.normal(1.0)
         shape = (cfg.num_queries, cfg.width)
         param = jnp.dtype(dtypes.param)
         self.query_tokens = nnx.Param(normal(rngs.params(), shape, param))
@@ -144,7 +150,7 @@ class SelfBlock(nnx.Module):
     def __init__(self, cfg: QFormerConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
         self.attn = Attention(cfg, cfg.width, dtypes=dtypes, rngs=rngs)
         self.attn_norm = LayerNorm(cfg.width, cfg.eps, dtypes=dtypes)
-        self.mlp = MLP(cfg.width, cfg.mlp_width, dtypes=dtypes, rngs=rngs)
+        self.mlp = MLP(cfg.width, cfg.mlp_width, std=INIT_STD, dtypes=dtypes, rngs=rngs)
         self.mlp_norm = LayerNorm(cfg.width, cfg.eps, dtypes=dtypes)
 
     def attend(self, x_BQD):
@@ -174,7 +180,7 @@ class Attention(nnx.Module):
         self, cfg: QFormerConfig, key_width: int, *, dtypes: DTypes, rngs: nnx.Rngs
     ):
         heads = (cfg.num_heads, cfg.head_size)
-        new = dict(dtypes=dtypes, rngs=rngs)
+        new = dict(std=INIT_STD, dtypes=dtypes, rngs=rngs)
         self.q = Linear(cfg.width, heads, **new)
         self.k = Linear(key_width, heads, **new)
         self.v = Linear(key_width, heads, **new)
