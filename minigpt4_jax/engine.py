@@ -170,7 +170,7 @@ class Engine:
             self.weights,
             prompts,
             self._image_embeddings(rows, batch),
-            places=max(places, length),
+            places=places,
             budget=budget,
         )
 
@@ -271,7 +271,8 @@ class _Run:
         yield from self._look(self.decoding)
 
     def _fits(self, row: Row) -> bool:
-        return row.limit <= self.budget and row.places <= self.places
+        places = max(row.places, bucket(len(row.prepared.ids)))
+        return row.limit <= self.budget and places <= self.places
 
     def _decode(self) -> Iterator[Event]:
         """Let the running rows grow by a chunk."""

@@ -37,16 +37,21 @@ def main(argv: list[str]) -> None:
         raise errors.InputError(f"generate takes flags only, got {argv[1]!r}")
     if not args.images or not args.out:
         raise errors.InputError("generate needs --images and --out")
-    out = Path(args.out)
-    tasks = [(r, r.prompt or args.prompt) for r in list_images(args.images)]
+    generate(args.checkpoint, args.images, args.prompt, Path(args.out), args.config)
+
+
+def generate(
+    checkpoint: str, images: str, prompt: str, out: Path, cfg: ConfigDict
+) -> None:
+    """Append to `out` what it lacks of the answers about `images`."""
+    tasks = [(record, record.prompt or prompt) for record in list_images(images)]
     answered = keep_answered(out)
     todo = [t for t in tasks if not _take(answered, (t[0].name, t[1]))]
     logger.info("%d images, %d answered before", len(tasks), len(tasks) - len(todo))
     if not todo:
         return
-    cfg = args.config
     generator = Generator.load(
-        args.checkpoint,
+        checkpoint,
         dtype=cfg.dtype or None,
         batch_size=cfg.batch_size,
         chunk=cfg.chunk,

@@ -1,0 +1,116 @@
+"""The Python interface: call, stream, chat, load."""
+
+import dataclasses
+
+import jax
+import pytest
+import tiny
+from flax import nnx
+
+from minigpt4_jax.errors import CheckpointError, InputError
+from minigpt4_jax.generator import Generator
+from minigpt4_jax.request import GREEDY, Request, Sampling, user
+
+SHORT = dataclasses.replace(GREEDY, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def gen():
+    return Generator(tiny.model(), tiny.tokenizer(), batch_size=1, chunk=3)
+
+
+def test_streamed_pieces_join_to_the_answer(gen):
+    pieces = list(gen.stream("What is it?", tiny.image(), sampling=SHORT))
+    assert len(pieces) > 1
+    assert "".join(pieces) == gen("What is it?", image=tiny.image(), sampling=SHORT)
+
+
+def test_calls_are_greedy_unless_asked(gen):
+    ask = dict(image=tiny.image(), sampling=SHORT)
+    assert gen("Hm?", **ask) == gen("Hm?", **ask, seed=9)
+    drawn = Sampling(temperature=1.5, max_tokens=8)
+    answers = {gen("Hm?", tiny.image(), sampling=drawn, seed=s) for s in (1, 1, 2)}
+    assert len(answers) == 2
+
+
+def test_the_image_changes_the_answer_and_none_is_needed(gen):
+    answers = {gen("Hm?", image, sampling=SHORT) for image in (tiny.image(0), None)}
+    assert len(answers) == 2
+
+
+def test_an_unreadable_image_raises(gen, tmp_path):
+    with pytest.raises(InputError, match="gone.jpg"):
+        gen("Hm?", tmp_path / "gone.jpg")
+
+
+def test_a_chat_keeps_turns_and_images(gen):
+    chat = gen.chat(sampling=SHORT)
+    first = chat.ask("What is it?", tiny.image())
+    second = chat.ask("Why?")
+    whole = Request(
+        [
+            user("What is it?", tiny.image()),
+            dataclasses.replace(chat.messages[1], text=first),
+            user("Why?"),
+        ],
+        sampling=SHORT,
+    )
+    assert "".join(e.piece for e in gen.submit([whole])) == second
+    assert [m.role for m in chat.messages] == ["user", "assistant"] * 2
+    chat.reset()
+    assert chat.messages == []
+    assert chat.ask("What is it?", tiny.image()) == first
+
+
+def test_a_system_message_survives_reset(gen):
+    chat = gen.chat(system="Be brief.", sampling=SHORT)
+    chat.ask("Hm?")
+    chat.reset()
+    assert [m.text for m in chat.messages] == ["Be brief."]
+
+
+def test_a_turn_that_fails_leaves_a_chat_as_it_was(gen, tmp_path):
+    chat = gen.chat(sampling=SHORT)
+    chat.ask("Hm?")
+    for question, image in (("x" * 600, None), ("Hm?", tmp_path / "gone.jpg")):
+        with pytest.raises(InputError):
+            chat.ask(question, image)
+    assert len(chat.messages) == 2
+
+
+def test_what_was_said_before_an_interruption_is_remembered(gen):
+    chat = gen.chat(sampling=dataclasses.replace(GREEDY, max_tokens=24))
+    stream = chat.stream("Hm?")
+    piece = next(stream)
+    stream.close()
+    assert [m.text for m in chat.messages] == ["Hm?", piece]
+
+
+def test_loading_a_converted_directory_gives_the_same_answers(gen, tmp_path):
+    directory = tiny.save(tmp_path / "tiny")
+    was = jax.config.jax_compilation_cache_dir
+    loaded = Generator.load(directory, batch_size=1, chunk=3)
+    assert loaded.model.cfg == tiny.CONFIG
+    assert isinstance(loaded.model, nnx.Module)
+    ask = dict(image=tiny.image(), sampling=SHORT)
+    assert loaded("Hm?", **ask) == gen("Hm?", **ask)
+    assert jax.config.jax_compilation_cache_dir is not None
+    jax.config.update("jax_compilation_cache_dir", was)
+
+
+def test_a_model_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(CheckpointError, match="convert"):
+        Generator.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="demo"):
+        Generator.load("demmo")
+
+
+def test_the_model_is_a_plain_module(gen):
+    pixels_BHWC = jax.numpy.zeros((1, 12, 12, 3))
+    image_BQD = gen.model.encode_image(pixels_BHWC)
+    Q, D = tiny.CONFIG.num_slots, tiny.CONFIG.llama.width
+    assert image_BQD.shape == (1, Q, D)
+    ids_BT = jax.numpy.array([[1, 5, 6, 7, 8]])
+    slots_BT = jax.numpy.array([[False, True, True, True, False]])
+    logits_BTV = gen.model(ids_BT, slots_BT, image_BQD)
+    assert logits_BTV.shape == (1, 5, tiny.VOCABULARY)
