@@ -40,11 +40,21 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     Raises ConfigError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    data = data or len(devices) // (fsdp * tensor)
-    if data * fsdp * tensor != len(devices):
+    asked, there = f"mesh data={data} fsdp={fsdp} tensor={tensor}", len(devices)
+    if min(fsdp, tensor) < 1 or data < 0:
         raise ConfigError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs "
-            f"{data * fsdp * tensor} devices, there are {len(devices)}"
+            f"{asked}: want at least 1 for fsdp and tensor, and for data at least 0 "
+            "(0: what the others leave)"
+        )
+    if not data and there % (fsdp * tensor):
+        raise ConfigError(
+            f"{asked}: fsdp times tensor is {fsdp * tensor} devices, which does not "
+            f"divide the {there} there are"
+        )
+    data = data or there // (fsdp * tensor)
+    if data * fsdp * tensor != there:
+        raise ConfigError(
+            f"{asked} needs {data * fsdp * tensor} devices, there are {there}"
         )
     grid = np.asarray(devices).reshape(data, fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)

@@ -58,8 +58,13 @@ def test_a_mesh_takes_the_devices_that_are_left_or_says_how_many_there_are():
     assert dict(sharding.make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     with pytest.raises(ConfigError, match="needs 6 devices, there are 8"):
         sharding.make_mesh(data=3, fsdp=2)
-    with pytest.raises(ConfigError, match="there are 8"):
+    with pytest.raises(ConfigError, match="is 16 devices.* divide the 8 there are"):
         sharding.make_mesh(tensor=16)
+    with pytest.raises(ConfigError, match="is 6 devices.* divide the 8 there are"):
+        sharding.make_mesh(fsdp=3, tensor=2)
+    for axes in (dict(fsdp=0), dict(tensor=-1), dict(data=-1)):
+        with pytest.raises(ConfigError, match="want at least 1 for fsdp and tensor"):
+            sharding.make_mesh(**axes)
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_it_is_moved():
