@@ -12,7 +12,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minigpt4_jax.errors import ConfigError
+
 BRANCHES = 256  # a segment id is example * BRANCHES + branch
+
+
+def check_sizes(name: str, cfg, *divides: tuple[str, str]) -> None:
+    """Raise ConfigError unless a module of these sizes can be built.
+
+    Args:
+        cfg: a dataclass; its int fields must be whole numbers from 1.
+        divides: pairs of fields, of which the first must divide the second.
+    """
+    for field in dataclasses.fields(cfg):
+        size = getattr(cfg, field.name)
+        if field.type is int and (type(size) is not int or size < 1):
+            raise ConfigError(
+                f"{name}.{field.name}: got {size!r}, want a whole number from 1"
+            )
+    for part, whole in divides:
+        parts, size = getattr(cfg, part), getattr(cfg, whole)
+        if size % parts:
+            raise ConfigError(
+                f"{name}: {part}={parts} does not divide {whole}={size}; change one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

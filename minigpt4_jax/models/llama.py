@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import (
     Capture,
     DTypes,
@@ -14,6 +15,7 @@ from minigpt4_jax.models.layers import (
     apply_stack,
     attend,
     attention_mask,
+    check_sizes,
     linear,
     make_stack,
     wants,
@@ -35,6 +37,13 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     max_positions: int = 2048
     tie_embeddings: bool = False
+
+    def __post_init__(self):
+        check_sizes("llama", self, ("num_kv_heads", "num_heads"))
+        if self.head_size % 2:
+            raise ConfigError(
+                f"llama: head_size={self.head_size} is odd, but rotary angles turn pairs"
+            )
 
 
 VICUNA_7B = LlamaConfig(

@@ -35,6 +35,20 @@ class MiniGPT4Config:
     eos_ids: tuple[int, ...]
     patches_per_token: int = 4  # length of a strip, only without a Q-Former
 
+    def __post_init__(self):
+        if self.qformer is None:
+            patches, length = self.vit.num_patches - 1, self.patches_per_token
+            if length < 1 or patches % length:
+                raise ConfigError(
+                    f"preset {self.name!r}: strips of patches_per_token={length} do not "
+                    f"divide the {patches} patches of the vit"
+                )
+        elif self.qformer.encoder_width != self.vit.width:
+            raise ConfigError(
+                f"preset {self.name!r}: qformer.encoder_width="
+                f"{self.qformer.encoder_width} is not vit.width={self.vit.width}"
+            )
+
     @property
     def num_slots(self) -> int:
         """Image embeddings of one image."""

@@ -15,11 +15,11 @@ from minigpt4_jax.models.layers import (
     Linear,
     attend,
     attention_map,
+    check_sizes,
     layer,
     make_stack,
     wants,
 )
-
 
 # BERT's: branches small beside the residual stream, which tells the queries apart.
 INIT_STD = 0.02
@@ -37,6 +37,9 @@ class QFormerConfig:
     encoder_width: int
     cross_attention_freq: int = 2  # layers 0, freq, 2 * freq, ... look at the patches
     eps: float = 1e-12
+
+    def __post_init__(self):
+        check_sizes("qformer", self, ("num_heads", "width"))
 
     @property
     def head_size(self) -> int:

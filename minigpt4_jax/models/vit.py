@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import (
     MLP,
     Capture,
@@ -17,6 +18,7 @@ from minigpt4_jax.models.layers import (
     Linear,
     apply_stack,
     attend,
+    check_sizes,
     make_stack,
     wants,
 )
@@ -44,6 +46,14 @@ class ViTConfig:
     resize: str = "bicubic"  # PIL's filter, to a square, aspect ratio not kept
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self):
+        check_sizes("vit", self, ("num_heads", "width"))
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"vit: image_size={self.image_size} is smaller than one patch of "
+                f"patch_size={self.patch_size}"
+            )
 
     @property
     def grid(self) -> int:
