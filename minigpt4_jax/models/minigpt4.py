@@ -159,8 +159,14 @@ class MiniGPT4(nnx.Module):
         if qformer is None and cfg.qformer is not None:
             qformer = QFormer(cfg.qformer, dtypes=dtypes, rngs=rngs)
         self.qformer = qformer
+        # About as long as a decoder's token embeddings: much longer ones make the first
+        # steps of training shrink them, and on the way the queries become alike.
         self.projector = Linear(
-            cfg.projector_width, cfg.llama.width, dtypes=trained, rngs=rngs
+            cfg.projector_width,
+            cfg.llama.width,
+            std=0.01,
+            dtypes=trained,
+            rngs=rngs,
         )
         self.llama = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
 
