@@ -250,30 +250,34 @@ def unstack(blocks: nnx.Module) -> nnx.List:
 
     XLA:CPU copies a layer's slice out of the stack at every step of a scan, so a list
     decodes faster there; it compiles once for each block, so training keeps the stack.
+    The `blocks` of ViT and Llama may be replaced by such a list; the Q-Former's two
+    stacks are applied in groups and stay stacked.
     """
     graphdef, state = nnx.split(blocks)
     length = jax.tree.leaves(state)[0].shape[0]
     return nnx.List(nnx.merge(graphdef, layer(state, i)) for i in range(length))
 
 
-def layer(stacked, i: int):
+def layer(tree, i: int):
     """Entry i of every array of a stacked pytree."""
-    return jax.tree.map(lambda x_L: x_L[i], stacked)
+    return jax.tree.map(lambda x_L: x_L[i], tree)
 
 
 def apply_stack(blocks, step: Callable, carry, xs=None):
-    """Run `carry, y = step(block, carry, x)` over blocks; returns carry and stacked ys.
+    """Run `carry, y = step(block, carry, x)` over blocks; returns carry and all ys.
 
     Args:
         blocks: a stacked block (one compiled body, by scan) or a list from `unstack`.
-        xs: pytree with leading L, one entry a block (None: no input).
+        xs: one entry a block (None: no input). For a stacked block a pytree with
+            leading L, and so are the ys; for a list a sequence, and the ys are a list:
+            a cache is then never stacked or copied.
     """
     if isinstance(blocks, nnx.List):
         ys = []
-        for i, block in enumerate(blocks):
-            carry, y = step(block, carry, layer(xs, i))
+        for block, x in zip(blocks, [None] * len(blocks) if xs is None else xs):
+            carry, y = step(block, carry, x)
             ys.append(y)
-        return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+        return carry, ys
 
     graphdef, state = nnx.split(blocks)
 
@@ -282,3 +286,8 @@ def apply_stack(blocks, step: Callable, carry, xs=None):
         return step(nnx.merge(graphdef, block_state), carry, x)
 
     return jax.lax.scan(body, carry, (state, xs))
+
+
+def stacked(values):
+    """Arrays that `apply_stack` returned for its blocks, with a leading L either way."""
+    return jnp.stack(values) if isinstance(values, list | tuple) else values

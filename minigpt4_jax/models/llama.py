@@ -18,6 +18,7 @@ from minigpt4_jax.models.layers import (
     check_sizes,
     linear,
     make_stack,
+    stacked,
     wants,
 )
 
@@ -157,13 +158,15 @@ class Llama(nnx.Module):
             cache: keys of earlier tokens; T more must fit, which is not checked here.
         """
         angles_BTK = rotary_angles(positions_BT, self.cfg)
+        listed = isinstance(self.blocks, nnx.List)
         if cache is None:
             mask_BTS = attention_mask(
                 segments_BT, positions_BT, segments_BT, positions_BT
             )
             length_B = kv = None
         else:
-            length_B, kv = cache.length_B, (cache.k, cache.v)
+            length_B = cache.length_B
+            kv = list(zip(cache.k, cache.v)) if listed else (cache.k, cache.v)
             segments_BS = write(cache.segments_BS, segments_BT, length_B)
             positions_BS = write(cache.positions_BS, positions_BT, length_B)
             mask_BTS = attention_mask(
@@ -176,27 +179,15 @@ class Llama(nnx.Module):
             x_BTD, kv = block(x_BTD, angles_BTK, mask_BTS, kv, length_B)
             return x_BTD, (kv, x_BTD if keep else None)
 
-        if isinstance(self.blocks, nnx.List):
-            x_BTD, kv, hidden = self._one_by_one(step, x_BTD, kv)
-        else:
-            x_BTD, (kv, hidden) = apply_stack(self.blocks, step, x_BTD, kv)
+        x_BTD, ys = apply_stack(self.blocks, step, x_BTD, kv)
+        kvs, hidden = zip(*ys) if listed else ys
         if keep:
-            capture.values["llama/hidden"] = hidden
+            capture.values["llama/hidden"] = stacked(hidden)
         if cache is not None:
+            k, v = zip(*kvs) if listed else kvs
             used_B = (segments_BT > 0).sum(axis=1, dtype=jnp.int32)
-            cache = Cache(*kv, segments_BS, positions_BS, length_B + used_B)
+            cache = Cache(k, v, segments_BS, positions_BS, length_B + used_B)
         return self.norm(x_BTD), cache
-
-    def _one_by_one(self, step, x_BTD, kv):
-        """`apply_stack` over a list, the cache a tuple that is never stacked."""
-        kvs, hiddens = [], []
-        for i, block in enumerate(self.blocks):
-            layer = None if kv is None else (kv[0][i], kv[1][i])
-            x_BTD, (layer, hidden) = step(block, x_BTD, layer)
-            kvs.append(layer)
-            hiddens.append(hidden)
-        hidden = None if hiddens[0] is None else jnp.stack(hiddens)
-        return x_BTD, None if kv is None else tuple(zip(*kvs)), hidden
 
     def logits(self, hidden_BTD):
         """Hidden states, any leading dimensions -> float32 logits over the vocabulary."""

@@ -20,6 +20,7 @@ from minigpt4_jax.models.layers import (
     attend,
     check_sizes,
     make_stack,
+    stacked,
     wants,
 )
 
@@ -139,9 +140,9 @@ class ViT(nnx.Module):
             x_BPD = block(x_BPD)
             return x_BPD, x_BPD if keep else None
 
-        x_BPD, hidden_LBPD = apply_stack(self.blocks, step, x_BPD)
+        x_BPD, hidden = apply_stack(self.blocks, step, x_BPD)
         if keep:
-            capture.values["vit/hidden"] = hidden_LBPD
+            capture.values["vit/hidden"] = stacked(hidden)
         return x_BPD
 
 
