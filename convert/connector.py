@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from minigpt4_jax import checkpoint, locate
+from minigpt4_jax import checkpoint, locate, storage
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.models.minigpt4 import DEMO
 
@@ -44,5 +44,5 @@ def write(workdir: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("connector*.safetensors"):
         old.unlink()
-    checkpoint.write_shards(out, arrays, "connector", FILE_BYTES)
+    storage.write_shards(out, arrays, "connector", FILE_BYTES)
     return locate.trainable_files(out)

@@ -57,7 +57,7 @@ def convert(connector: Path | None) -> Path:
 
     # Here: finding an existing directory should not wait for these.
     from convert import demo_weights
-    from minigpt4_jax import checkpoint
+    from minigpt4_jax import checkpoint, storage
     from minigpt4_jax.models.minigpt4 import DEMO
 
     check_pins(pins, {"preset": digests.preset()})
@@ -74,7 +74,7 @@ def convert(connector: Path | None) -> Path:
     logger.info("reading %s", gguf.name)
     arrays |= demo_weights.decoder(gguf, part("llama"))
     logger.info("writing %s", directory)
-    checkpoint.save_directory(
+    storage.save_directory(
         directory,
         arrays,
         DEMO,

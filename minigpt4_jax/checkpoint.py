@@ -1,6 +1,6 @@
-"""Weights on disk: converted directories, trainables of a training run, the demo model.
+"""Weights from disk into a model: converted directories and trainables of a run.
 
-A converted directory holds preset.json (what the model is), manifest.json (where it came
+What storage.py wrote is checked before a value is read. A converted directory holds preset.json (what the model is), manifest.json (where it came
 from), model-*.safetensors with an index (keys are our parameter paths) and tokenizer
 files. A work directory of train.py holds trainables.safetensors, and names the converted
 directory with everything else in its config.json.
@@ -9,11 +9,8 @@ directory with everything else in its config.json.
 import contextlib
 import json
 import logging
-import os
 import re
-import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,25 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from minigpt4_jax import sharding
 from minigpt4_jax.errors import CheckpointError, ConfigError
 from minigpt4_jax.locate import (
     FORMAT,
     INDEX,
-    TRAINABLES,
     base_directory,
+    check_format,
     read_json,
     resolve,
     trainable_files,
 )
 from minigpt4_jax.models.layers import DTypes
-from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config, preset
+from minigpt4_jax.storage import save_directory, save_trainables
 
 logger = logging.getLogger(__name__)
-
-SHARD_BYTES = 4 * 10**9
 
 __all__ = [
     "base_directory",
@@ -50,11 +45,10 @@ __all__ = [
     "parameter_shapes",
     "read_arrays",
     "read_config",
+    "read_preset",
     "resolve",
     "save_directory",
     "save_trainables",
-    "write_safetensors",
-    "write_shards",
 ]
 
 
@@ -64,7 +58,6 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     *,
     absent: Sequence[str] = (),
-    preset: str | None = None,
     seed: int = 0,
 ) -> MiniGPT4:
     """The model of a converted directory, or of a work directory with its trainables.
@@ -74,18 +67,12 @@ def load_model(
         mesh: places weights by sharding.py; a device then reads only its own part.
         absent: patterns of parameter paths that the files may lack; those are drawn
             from `seed` and listed in the log.
-        preset: the name the model must have, if the caller cares.
 
     Raises:
         CheckpointError: listing every absent, unknown and mis-shaped parameter.
     """
     path = Path(path)
     config = read_config(path)
-    if preset is not None and config.name != preset:
-        raise CheckpointError(
-            f"{path} holds {config.name!r}, want {preset!r}; give the directory of that "
-            "preset, or leave the preset out"
-        )
     as_stored = dtypes.param == "file"
     built = replace(dtypes, param="float32") if as_stored else dtypes
     graphdef, wanted = nnx.split(
@@ -120,13 +107,21 @@ def read_config(path: str | Path) -> MiniGPT4Config:
         raise CheckpointError(f"{directory}/preset.json: {error}") from error
 
 
-# Trainables.
+def read_preset(name_or_path: str | Path) -> MiniGPT4Config:
+    """A preset by its name, or of a JSON file (the keys of any preset.json).
 
-
-def save_trainables(workdir: str | Path, params: Mapping[str, Any]) -> None:
-    """Writes a run's trainables by path; the file before stays until this one is whole."""
-    arrays = {name: np.asarray(value) for name, value in params.items()}
-    write_safetensors(Path(workdir) / TRAINABLES, arrays)
+    Raises:
+        ConfigError: an unknown name (with the nearest), or sizes that cannot be.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        return preset(str(name_or_path))
+    if not path.is_file():
+        raise ConfigError(f"no preset file at {path}; give one, or a preset's name")
+    try:
+        return MiniGPT4Config.from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
@@ -172,141 +167,6 @@ def parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
     return {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-# Writing.
-
-
-def save_directory(
-    path: str | Path,
-    arrays: Mapping[str, np.ndarray],
-    config: MiniGPT4Config,
-    tokenizer_files: Mapping[str, bytes],
-    manifest: Mapping[str, Any],
-) -> None:
-    """Writes a converted directory that appears under its name only when it is whole.
-
-    Args:
-        path: must not exist; if another process made it meanwhile, that one stays.
-        arrays: parameters by path, in the dtypes to be stored.
-        manifest: what the caller knows of the sources; sizes and counts are added.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    need, free = _bytes(arrays), shutil.disk_usage(path.parent).free
-    if free < need + 2**20:
-        raise CheckpointError(
-            f"{path}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
-            "room or name another place"
-        )
-    with _whole(path) as folder:
-        weight_map = write_shards(folder, arrays, "model", SHARD_BYTES)
-        index = {"metadata": {"total_size": need}, "weight_map": weight_map}
-        preset = {"format": FORMAT, **config.to_dict()}
-        for name, values in ((INDEX, index), ("preset.json", preset)):
-            _write(folder / name, _json(values))
-        for name, data in tokenizer_files.items():
-            _write(folder / name, data)
-        written = {
-            "format": FORMAT,
-            **manifest,
-            "parameters": sum(array.size for array in arrays.values()),
-            "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
-            "files": {f.name: f.stat().st_size for f in sorted(folder.glob("model-*"))},
-        }
-        _write(folder / "manifest.json", _json(written))
-
-
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """One file that replaces the one before only when it is whole and on disk."""
-    part = path.with_name(f".{path.name}.part")
-    part.touch()
-    mode = part.stat().st_mode
-    save_file(dict(arrays), part, metadata={"format": str(FORMAT)})
-    part.chmod(mode)  # safetensors makes files private; the umask decides
-    _sync(part)
-    os.replace(part, path)
-    _sync(path.parent)
-
-
-def write_shards(
-    folder: Path, arrays: Mapping[str, np.ndarray], name: str, limit: int
-) -> dict[str, str]:
-    """Files `name-00001-of-0000N.safetensors` of about `limit` bytes; file by path."""
-    shards: list[list[str]] = []
-    size = 0
-    for path in sorted(arrays):
-        if not shards or size + arrays[path].nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(path)
-        size += arrays[path].nbytes
-    weight_map = {}
-    for number, paths in enumerate(shards, start=1):
-        file = f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {path: arrays[path] for path in paths})
-        weight_map |= dict.fromkeys(paths, file)
-    return weight_map
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that is renamed to it at the end, or removed."""
-    ours = f"{socket.gethostname()}-{os.getpid()}"
-    _remove_leftovers(path)
-    folder = path.with_name(f".{path.name}.part-{ours}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        _sync(folder)
-        try:
-            os.rename(folder, path)
-        except OSError:
-            if not (path / "manifest.json").exists():
-                raise
-            logger.info("%s was made by another process meanwhile", path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Unfinished folders of processes of this machine that are no more."""
-    if os.name == "nt":
-        return  # there, asking whether a process lives would end it
-    prefix = f".{path.name}.part-{socket.gethostname()}-"
-    for old in path.parent.glob(f"{prefix}*"):
-        try:
-            os.kill(int(old.name.removeprefix(prefix)), 0)
-        except ProcessLookupError:
-            shutil.rmtree(old, ignore_errors=True)
-        except (ValueError, OSError):
-            continue
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _json(values: Any) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def _bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    return sum(array.nbytes for array in arrays.values())
-
-
 # Reading.
 
 
@@ -323,11 +183,13 @@ def _open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
                 "the directory and convert again"
             )
     try:
-        names = json.loads((directory / INDEX).read_text())["weight_map"]
+        index = json.loads((directory / INDEX).read_text())
+        names, found = index["weight_map"], index["metadata"].get("format", FORMAT)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{directory}: {INDEX} is absent or damaged; convert again"
         ) from error
+    check_format(directory / INDEX, found)
     shards = [directory / name for name in sorted(set(names.values()))]
     stored = _open(shards, files)
     if set(names) != set(stored):
@@ -350,6 +212,9 @@ def _open(paths: Iterable[Path], files: contextlib.ExitStack) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is absent or damaged ({error}); convert or train again"
             ) from error
+        # A file without metadata is one that another program wrote: as format 1.
+        found = (file.metadata() or {}).get("format", "1")
+        check_format(path, int(found) if found.isdecimal() else found)
         stored |= {name: file.get_slice(name) for name in file.keys()}
     return stored
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from minigpt4_jax.errors import CheckpointError, unknown
 
-FORMAT = 1  # of preset.json, manifest.json, config.json and demo.json
+FORMAT = 1  # of every JSON and safetensors file that we write
 INDEX = "model.safetensors.index.json"
 TRAINABLES = "trainables.safetensors"
 ASSETS = Path(__file__).parent / "assets/demo"
@@ -134,9 +134,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged ({error!r}); convert it again"
         ) from error
+    check_format(path, found)
+    return values
+
+
+def check_format(path: Path, found: object) -> None:
+    """Raise CheckpointError for a file of another format, as a later version writes."""
     if found != FORMAT:
         raise CheckpointError(
             f"{path}: got format {found!r}, this version reads {FORMAT}; update "
             "minigpt4_jax, or convert the model again with this version"
         )
-    return values

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from convert import connector, demo, digests
 from convert.__main__ import underscored
-from minigpt4_jax import checkpoint, locate
+from minigpt4_jax import checkpoint, locate, storage
 from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.errors import CheckpointError
 from minigpt4_jax.generator import Generator
@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
     arrays = {
         k: rng.standard_normal(s, dtype=np.float32) / 20 for k, s in CONNECTOR.items()
     }
-    checkpoint.save_trainables(folder, arrays)
+    storage.save_trainables(folder, arrays)
     return folder
 
 
@@ -153,7 +153,7 @@ def test_the_connector_ships_in_small_bfloat16_files(trained, tmp_path):
 def test_a_connector_of_another_size_is_refused(tmp_path):
     arrays = {k: np.zeros(s, np.float32) for k, s in CONNECTOR.items()}
     arrays["qformer/query_tokens"] = np.zeros((31, 384), np.float32)
-    checkpoint.save_trainables(tmp_path, arrays)
+    storage.save_trainables(tmp_path, arrays)
     with pytest.raises(CheckpointError, match=r"query_tokens: got \[31, 384\]"):
         demo.convert(tmp_path)
 
