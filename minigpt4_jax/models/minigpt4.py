@@ -1,6 +1,7 @@
 """MiniGPT-4: ViT -> ln_vision -> Q-Former -> projector -> slots of a LLaMA prompt."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ class MiniGPT4(nnx.Module):
             dtypes=trained,
             rngs=rngs,
         )
-        self.llama = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
+        self.llama: Any = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
 
     def encode_image(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""
