@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -99,7 +100,6 @@ def test_moments_lie_where_their_parameter_lies_and_counts_everywhere():
 
 
 def test_the_losses_are_the_same_on_one_device_and_in_every_split_of_eight():
-    steps = 3
     texts = pipeline.caption_texts(tiny.tokenizer(), tiny.CONFIG.num_slots)
     batches = pipeline.caption_batches(
         [captions(i) for i in range(8)],
@@ -109,9 +109,9 @@ def test_the_losses_are_the_same_on_one_device_and_in_every_split_of_eight():
         batch_size=8,
         row=config("unused").row,
     )
-    data = [next(batches) for _ in range(steps)]
+    data = [next(batches) for _ in range(3)]
     one = losses(sharding.make_mesh(devices=jax.devices()[:1]), data)
-    assert one[-1] < one[1]  # the first update has learning rate 0
+    assert one[2] < one[1] < one[0]
     for axes in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)):
         eight = losses(sharding.make_mesh(**axes), data)
         # Sums in another order: float32 rounding, carried through two updates.
@@ -123,7 +123,7 @@ def losses(mesh, data) -> list[float]:
     sharding.place(model, mesh)
     # One array of the decoder too, so that a trainable is split where the mesh can.
     trainables = Trainables(model, [*TRAINABLE, "llama/blocks/mlp/up/kernel"])
-    optimizer = optim.make_optimizer(config("unused").optim)
+    optimizer = optax.sgd(0.1)  # a small program; test_train.py has AdamW on a mesh
     params = trainables.params
     state = {"params": params, "opt_state": optimizer.init(params)}
     state = sharding.place_state(state, mesh)

@@ -1,0 +1,271 @@
+"""Whole runs of a tiny model: three stages, resumed, stopped, killed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minigpt4_jax import Generator, train, workdir
+from minigpt4_jax.errors import ConfigError
+from tests import training
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("words", "captions", "dialogues")
+STEPS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of this file share their compiled programs on disk."""
+    knobs = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in knobs}
+    for name, value in knobs.items():
+        jax.config.update(name, value)
+    yield knobs
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A frozen model and photos."""
+    folder = tmp_path_factory.mktemp("train")
+    training.write_frozen(folder / "frozen")
+    training.write_photos(folder / "data")
+    return folder
+
+
+def stage_config(folder: Path, loss: str, init: str = ""):
+    return training.config(
+        folder / "frozen",
+        loss=loss,
+        init=init and str(folder / init),
+        optim__total_steps=STEPS,
+        save_every=10,
+        eval_every=STEPS,
+    )
+
+
+def run(folder: Path, cfg, name: str, devices=1) -> bool:
+    return train.train(
+        cfg,
+        folder / "data",
+        folder / name,
+        folder / "features",
+        devices=jax.devices()[:devices],
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(folder):
+    """Three stages, each from the one before."""
+    before = ""
+    for loss in STAGES:
+        assert run(folder, stage_config(folder, loss, before), loss)
+        before = loss
+    return folder
+
+
+def metrics(path: Path) -> list[dict]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trained(path: Path) -> dict[str, np.ndarray]:
+    return load_file(path / "trainables.safetensors")
+
+
+def assert_same_run(path: Path, other: Path) -> None:
+    """The same weights, optimizer and losses, bit by bit."""
+    ours, theirs = trained(path), trained(other)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    timeless = [
+        [{k: v for k, v in record.items() if k != "photos_per_s"} for record in found]
+        for found in (metrics(path), metrics(other))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("loss", STAGES)
+def test_the_loss_of_each_stage_goes_down(chain, loss):
+    losses = [record["loss"] for record in metrics(chain / loss)]
+    assert len(losses) == STEPS and np.isfinite(losses).all()
+    # A random decoder can be told only so much by three slots.
+    drop = {"words": 0.5, "captions": 0.96, "dialogues": 0.98}[loss]
+    assert np.mean(losses[-3:]) < drop * np.mean(losses[:2])
+
+
+def test_each_stage_begins_with_the_weights_of_the_one_before(chain, monkeypatch):
+    begun = []
+    monkeypatch.setattr(train, "make_task", lambda *_: 1 / 0)  # far enough
+    monkeypatch.setattr(
+        train.Trainables, "log", lambda self: begun.append(dict(self.params))
+    )
+    cfg = stage_config(chain, "captions", "words")
+    with pytest.raises(ZeroDivisionError):
+        run(chain, cfg, "begun")
+    before = trained(chain / "words")
+    assert set(begun[0]) == set(before)
+    for name, value in begun[0].items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_run_says_how_it_goes(chain):
+    last = metrics(chain / "captions")[-1]
+    assert set(last) == {
+        *("step", "loss", "grad_norm", "lr", "photos_per_s", "val_loss")
+    }
+    assert last["step"] == STEPS and last["val_loss"] > 0
+    for loss in ("captions", "dialogues"):
+        lines = (chain / loss / "samples.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        assert [sample["photo"] for sample in samples] == ["00006", "00007"]
+    assert not (chain / "words" / "samples.jsonl").exists()  # no decoder in it
+
+
+def test_the_generator_reads_a_work_directory(chain):
+    generator = Generator.load(chain / "dialogues", chunk=2)
+    found = training.arrays(generator.model)
+    for name, value in trained(chain / "dialogues").items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_finished_run_is_left_as_it_is(chain, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "load_model", None)  # not reached
+    before = (chain / "words" / "trainables.safetensors").stat().st_mtime_ns
+    assert run(chain, stage_config(chain, "words"), "words")
+    assert (chain / "words" / "trainables.safetensors").stat().st_mtime_ns == before
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(chain, monkeypatch):
+    log = workdir.WorkDir.log
+
+    def terminate(self, step, record):
+        log(self, step, record)
+        if step == 13:  # not a step that saves
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(workdir.WorkDir, "log", terminate)
+    cfg = stage_config(chain, "captions", "words")
+    assert not run(chain, cfg, "stopped")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (chain / "stopped" / "checkpoints" / "14").is_dir()  # the step it was in
+    monkeypatch.undo()
+    assert run(chain, cfg, "stopped")
+    assert_same_run(chain / "stopped", chain / "captions")
+
+
+KILLED = """
+import os, signal, sys
+from minigpt4_jax import errors, train, workdir
+
+log, save_trainables = workdir.WorkDir.log, workdir.checkpoint.save_trainables
+where, step = sys.argv.pop(), int(sys.argv.pop())
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def logging(self, done, record):
+    log(self, done, record)
+    if where == "between" and done == step:
+        kill()
+
+def saving(path, params):
+    save_trainables(path, params)
+    if where == "inside":  # of a save: the trainables are written, the rest is not
+        kill()
+
+workdir.WorkDir.log, workdir.checkpoint.save_trainables = logging, saving
+errors.run(train.main)
+"""
+
+
+def test_a_run_that_is_killed_twice_ends_as_the_unbroken_one(chain, compiled_once):
+    (chain / "run_config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    return ConfigDict({stage_config(chain, 'captions').to_dict()!r})\n"
+    )
+    flags = [
+        f"--config={chain / 'run_config.py'}",
+        f"--data={chain / 'data'}",
+        f"--workdir={chain / 'killed'}",
+        f"--features={chain / 'features'}",
+        f"--config.init={chain / 'words'}",
+    ]
+    env = os.environ | {name.upper(): str(v) for name, v in compiled_once.items()}
+    for where, step in (("between", "17"), ("inside", "20"), ("never", "0")):
+        command = [sys.executable, "-c", KILLED, *flags, step, where]
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580
+        )
+        wanted = 0 if where == "never" else -signal.SIGKILL
+        assert done.returncode == wanted, done.stderr
+    assert "resumed at step 10" in done.stderr
+    assert_same_run(chain / "killed", chain / "captions")
+
+
+def test_a_run_on_eight_devices_breaks_off_and_is_resumed(folder, monkeypatch):
+    log = workdir.WorkDir.log
+
+    def break_off(self, step, record):
+        log(self, step, record)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    cfg = stage_config(folder, "words")
+    cfg.batch_size, cfg.save_every = 8, 2
+    cfg.mesh = dict(data=2, fsdp=2, tensor=2)
+    cfg.optim.total_steps = cfg.eval_every = 5
+    monkeypatch.setattr(workdir.WorkDir, "log", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, cfg, "eight", devices=8)
+    monkeypatch.undo()
+    assert run(folder, cfg, "eight", devices=8)
+    losses = [record["loss"] for record in metrics(folder / "eight")]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "knob, value, complaint",
+    [
+        ("batch_size", 3, "batch of 3 does not split over data=2"),
+        ("trainable", ("projectr/.*",), "did you mean 'projector/"),
+        ("trainable", (".*",), "vit and ln_vision have to stay frozen"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_the_photos_are_read(
+    folder, monkeypatch, knob, value, complaint
+):
+    monkeypatch.setattr(train, "TarShards", None)
+    cfg = stage_config(folder, "words")
+    cfg[knob] = value
+    with pytest.raises(ConfigError, match=complaint):
+        run(folder, cfg, f"refused-{len(str(value))}", devices=2)
+
+
+def test_flags_that_are_absent_or_mistyped_end_with_a_sentence(folder):
+    flags = ["--config", "configs/demo_stage1.py", "--data", str(folder / "data")]
+    for more, code, complaint in (
+        ([], 2, "train needs --config, --data and --workdir"),
+        (["--config.batchsize=2"], 3, 'Did you mean "batch_size"'),
+    ):
+        command = [sys.executable, "-m", "minigpt4_jax.train", *flags, *more]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, done.stderr
+        assert complaint in done.stderr and "Traceback" not in done.stderr
