@@ -130,5 +130,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.run(main)
+    errors.run(main, define=define_flags)

@@ -59,7 +59,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def run(
-    main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+    main: Callable[[list[str]], int | None],
+    argv: Sequence[str] | None = None,
+    define: Callable[[], None] | None = None,
 ) -> NoReturn:
     """Parse absl flags, call `main` with what is left of argv, and exit.
 
@@ -70,11 +72,13 @@ def run(
     Args:
         main: gets the program's name and the positional arguments; may return a code.
         argv: program name and arguments; default `sys.argv`.
+        define: defines the flags; for a config with a default file, which reads argv
+            as soon as it is defined.
     """
     argv = list(sys.argv if argv is None else argv)
     _log_to_stderr()
     try:
-        code = main(_parse(argv)) or 0
+        code = main(_parse(argv, define)) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _say("interrupted", 130, argv)
@@ -88,7 +92,7 @@ def run(
     sys.exit(code)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
     """Parse flags, those of ml_collections included; return the positional arguments."""
     from absl import app, flags  # here: a library user needs no flags
 
@@ -97,6 +101,8 @@ def _parse(argv: list[str]) -> list[str]:
         flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
     before, sys.argv = sys.argv, argv  # config_flags looks for --config.x in sys.argv
     try:
+        if define is not None:
+            define()
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:  # a config file that did not load raises when touched
             getattr(flags.FLAGS[name].value, "lock", None)

@@ -173,5 +173,4 @@ def define_config(name: str) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    errors.run(main)
+    errors.run(main, define=define_flags)

@@ -1,0 +1,131 @@
+"""The batch command: a line for every input, and a rerun that skips what is answered."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from minigpt4_jax import generate
+from minigpt4_jax.data.sources import list_images
+from minigpt4_jax.errors import InputError
+from minigpt4_jax.generator import Generator
+
+ROOT = Path(__file__).parent.parent
+CFG = ConfigDict(
+    dict(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_tokens=8,
+        stop=(),
+        seed=0,
+        batch_size=2,
+        chunk=3,
+        dtype="",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Three photos and one file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        PIL.Image.fromarray(tiny.image(i)).save(folder / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"not a photo")
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_input_gets_a_line_with_its_answer_or_error(photos):
+    gen = Generator(tiny.model(), tiny.tokenizer(), batch_size=2, chunk=3)
+    tasks = [(record, "Hm?") for record in list_images(photos)]
+    lines = {line["image"]: (line, n) for line, n in generate.answers(gen, tasks, CFG)}
+    assert sorted(lines) == ["0.png", "1.png", "2.png", "broken.jpg"]
+    assert set(lines["0.png"][0]) == {"image", "prompt", "answer", "finish_reason"}
+    assert 0 < lines["0.png"][1] <= 8
+    assert set(lines["broken.jpg"][0]) == {"image", "prompt", "error"}
+    assert "broken.jpg" in lines["broken.jpg"][0]["error"]
+
+
+def test_a_rerun_answers_what_has_no_answer_yet(photos, tmp_path, capfd, caplog):
+    caplog.set_level("INFO")
+    model, out = tiny.save(tmp_path / "tiny"), tmp_path / "new/answers.jsonl"
+    generate.generate(str(model), str(photos), "Hm?", out, CFG)
+    assert "3 answers, 1 errors" in caplog.text
+    printed = capfd.readouterr()
+    assert printed.out == "" and "4/4" in printed.err
+    first = read(out)
+    assert len(first) == 4
+    answers = {line["image"]: line.get("answer") for line in first}
+    assert answers["broken.jpg"] is None
+
+    # One answer lost in the middle of its line; the broken photo repaired meanwhile.
+    kept = [json.dumps(line) for line in first if line["image"] != "1.png"]
+    lost = json.dumps({"image": "1.png", "prompt": "Hm?"})[:9]
+    out.write_text("\n".join([*kept, lost]))
+    repaired = tmp_path / "repaired"
+    shutil.copytree(photos, repaired)
+    PIL.Image.fromarray(tiny.image(7)).save(repaired / "broken.jpg", "PNG")
+    generate.generate(str(model), str(repaired), "Hm?", out, CFG)
+    assert "4 images, 2 answered before" in caplog.text
+    second = {line["image"]: line["answer"] for line in read(out)}
+    assert len(read(out)) == 4
+    assert second.pop("broken.jpg")
+    assert second == {name: answers[name] for name in second}
+
+    generate.generate("no such model", str(repaired), "Hm?", out, CFG)  # nothing to do
+    assert len(read(out)) == 4
+
+
+def command(*arguments: str):
+    return subprocess.run(
+        [sys.executable, "-m", "minigpt4_jax.generate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--images=.", "--out=x", "--config.temperatur=1"], 3, "temperatur"),
+        (["--images=nowhere", "--out=x"], 2, "nowhere"),
+        (["--out=x"], 2, "--images"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_and_an_exit_code(arguments, code, word):
+    result = command(*arguments)
+    assert result.returncode == code, result.stderr
+    assert word in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_input_listed_twice_gets_two_lines(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    line = {"image": "a.png", "prompt": "Hm?", "answer": "x", "finish_reason": "stop"}
+    out.write_text(json.dumps(line) + "\n")
+    answered = generate.keep_answered(out)
+    key = ("a.png", "Hm?")
+    assert [generate._take(answered, key) for _ in range(3)] == [True, False, False]
+    assert not generate._take(answered, ("a.png", "Why?"))
+
+
+def test_a_file_that_holds_no_answers_is_not_overwritten(tmp_path):
+    out = tmp_path / "notes.txt"
+    out.write_text("my notes\nmore\n")
+    with pytest.raises(InputError, match=r"notes.txt, line 1: .* --out"):
+        generate.keep_answered(out)
+    assert out.read_text() == "my notes\nmore\n"
