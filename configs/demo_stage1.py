@@ -13,15 +13,15 @@ def get_config() -> ConfigDict:
     cfg.init = ""  # work directory of the warm start; empty: random trainables
     cfg.trainable = (r"qformer/.*", r"projector/.*")
     cfg.loss = "captions"  # words: warm start | captions: stage 1 | dialogues: stage 2
-    cfg.batch_size = 4  # photos a step, each with its (up to) five captions
-    cfg.row = dict(tokens=104, answers=80)  # T and A of a photo's row
+    cfg.batch_size = 4  # photos a step, each with three or four of its captions
+    cfg.row = dict(tokens=80, answers=48)  # T and A of a photo's row
     cfg.words = dict(least=10)  # captions a word must be in, warm start only
     cfg.dialogues = dict(one_sentence=0.6)  # share of rows, stage 2 only
     cfg.optim = dict(
-        peak_lr=4e-4,
-        end_lr=2e-5,
-        warmup_steps=50,
-        total_steps=2_000,
+        peak_lr=3e-4,
+        end_lr=1.5e-4,
+        warmup_steps=20,
+        total_steps=350,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 200  # steps
-    cfg.eval_every = 200  # steps: loss on 64 photos of val, and sample captions
+    cfg.save_every = 175  # steps
+    cfg.eval_every = 175  # steps: loss on 64 photos of val, and sample captions
     return cfg

@@ -13,15 +13,15 @@ def get_config() -> ConfigDict:
     cfg.init = ""  # work directory of stage 1
     cfg.trainable = (r"qformer/.*", r"projector/.*")
     cfg.loss = "dialogues"  # words: warm start | captions: stage 1 | dialogues: stage 2
-    cfg.batch_size = 4  # photos a step, each with several questions or five captions
-    cfg.row = dict(tokens=120, answers=88)  # T and A of a photo's row
+    cfg.batch_size = 4  # photos a step, each with several questions or captions
+    cfg.row = dict(tokens=96, answers=60)  # T and A of a photo's row
     cfg.words = dict(least=10)  # captions a word must be in, warm start only
-    cfg.dialogues = dict(one_sentence=0.6)  # share of rows that only describe
+    cfg.dialogues = dict(one_sentence=0.75)  # share of rows that only describe
     cfg.optim = dict(
         peak_lr=2e-4,
         end_lr=1e-5,
-        warmup_steps=50,
-        total_steps=2_000,
+        warmup_steps=20,
+        total_steps=280,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 200  # steps
-    cfg.eval_every = 200  # steps: loss on 64 photos of val, and sample captions
+    cfg.save_every = 140  # steps
+    cfg.eval_every = 140  # steps: loss on 64 photos of val, and sample captions
     return cfg

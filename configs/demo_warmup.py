@@ -13,15 +13,15 @@ def get_config() -> ConfigDict:
     cfg.init = ""  # nothing comes before: random trainables
     cfg.trainable = (r"qformer/.*", r"projector/.*")
     cfg.loss = "words"  # words: warm start | captions: stage 1 | dialogues: stage 2
-    cfg.batch_size = 32  # photos a step, each with the words of all its captions
+    cfg.batch_size = 16  # photos a step, each with the words of all its captions
     cfg.row = dict(tokens=104, answers=80)  # of the other stages
     cfg.words = dict(least=10)  # captions a word must be in to be asked for
     cfg.dialogues = dict(one_sentence=0.6)  # share of rows, stage 2 only
     cfg.optim = dict(
-        peak_lr=1e-3,
+        peak_lr=2e-4,
         end_lr=5e-5,
-        warmup_steps=100,
-        total_steps=1_400,
+        warmup_steps=60,
+        total_steps=600,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 200  # steps
-    cfg.eval_every = 200  # steps: loss on 64 photos of val
+    cfg.save_every = 50  # steps
+    cfg.eval_every = 100  # steps: loss on 64 photos of val
     return cfg
