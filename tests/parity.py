@@ -307,6 +307,12 @@ def blocks_of(theirs: torch.nn.Module) -> list[torch.nn.Module]:
     return list(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
 
 
+@nnx.jit
+def call(module: nnx.Module, *args, **kwargs):
+    """module(*args), compiled once for each configuration and shape of a test run."""
+    return module(*args, **kwargs)
+
+
 # What a computation does
 
 

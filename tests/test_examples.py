@@ -44,7 +44,7 @@ def test_a_convolutional_tower_is_seen_by_the_decoder_and_trains():
         image_BQD = model.encode_image(np.ones((2, 64, 64, 3), np.float32))
         return model(*prompt(TINY), image_BQD)[:, -1].var()
 
-    gradients = nnx.grad(loss_of)(model)["vit"]
+    gradients = nnx.jit(nnx.grad(loss_of))(model)["vit"]
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradients))
 
 

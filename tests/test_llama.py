@@ -50,11 +50,17 @@ def one_text(shape):
     return np.full(shape, BRANCHES), np.broadcast_to(np.arange(shape[1]), shape)
 
 
-def logits(model, ids_BT, segments_BT=None, positions_BT=None, **kwargs):
+def logits(model, ids_BT, segments_BT=None, positions_BT=None):
     if segments_BT is None:
         segments_BT, positions_BT = one_text(ids_BT.shape)
-    hidden_BTD, _ = model(model.embed(ids_BT), segments_BT, positions_BT, **kwargs)
-    return np.asarray(model.logits(hidden_BTD))
+    return np.asarray(read(model, ids_BT, segments_BT, positions_BT, None)[0])
+
+
+@nnx.jit
+def read(model, ids_BT, segments_BT, positions_BT, cache):
+    """(logits_BTV, cache)."""
+    hidden_BTD, cache = model(model.embed(ids_BT), segments_BT, positions_BT, cache)
+    return model.logits(hidden_BTD), cache
 
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
@@ -74,7 +80,8 @@ def test_each_block_agrees_with_transformers(name):
     angles_BTK = rotary_angles(positions_BT, cfg)
     mask_BTS = np.tril(np.ones((9, 9), bool))[None]
     for block, (x_BTD, expected) in zip(unstack(ours.blocks), seen):
-        parity.assert_close(block(x_BTD.numpy(), angles_BTK, mask_BTS)[0], expected)
+        out_BTD, _ = parity.call(block, x_BTD.numpy(), angles_BTK, mask_BTS)
+        parity.assert_close(out_BTD, expected)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_captured_hidden_states_are_those_of_transformers(form):
     if form == "one by one":
         ours.blocks = unstack(ours.blocks)
     capture = Capture("llama/hidden")
-    logits(ours, text(), capture=capture)
+    ours(ours.embed(text()), *one_text(text().shape), capture=capture)
     expected = torch.stack([output for _, output in seen])
     parity.assert_close(capture.values["llama/hidden"], expected)
 
@@ -256,10 +263,8 @@ def test_cached_decoding_equals_full_forward(form, chunks):
     for length in chunks:
         ids_BT = text()[:, start : start + length]
         segments_BT, positions_BT = one_text(ids_BT.shape)
-        hidden_BTD, cache = ours(
-            ours.embed(ids_BT), segments_BT, positions_BT + start, cache
-        )
-        parts.append(ours.logits(hidden_BTD))
+        part, cache = read(ours, ids_BT, segments_BT, positions_BT + start, cache)
+        parts.append(part)
         start += length
     assert cache.length_B.tolist() == [9, 9]
     parity.assert_close(np.concatenate(parts, axis=1), expected, 2e-6)
@@ -272,30 +277,27 @@ def test_rows_of_different_lengths_decode_as_if_alone():
     segments_BT, positions_BT = one_text(ids_BT.shape)
     segments_BT = np.where(positions_BT < lengths[:, None], segments_BT, 0)
     cache = ours.new_cache(batch=3, places=12)
-    _, cache = ours(ours.embed(ids_BT), segments_BT, positions_BT, cache)
+    _, cache = read(ours, ids_BT, segments_BT, positions_BT, cache)
     assert cache.length_B.tolist() == lengths.tolist()
     answers_BT = text(batch=3, length=4, seed=8)
     for step in range(4):
-        hidden_B1D, cache = ours(
-            ours.embed(answers_BT[:, step : step + 1]),
-            np.full((3, 1), BRANCHES),
-            cache.length_B[:, None],
-            cache,
+        ids_B1, segments_B1 = answers_BT[:, step : step + 1], np.full((3, 1), BRANCHES)
+        found_B1V, cache = read(
+            ours, ids_B1, segments_B1, cache.length_B[:, None], cache
         )
-    found_BV = ours.logits(hidden_B1D)[:, 0]
     for row, length in enumerate(lengths):
         alone = np.concatenate([ids_BT[row, :length], answers_BT[row]])[None]
-        parity.assert_close(found_BV[row], logits(ours, alone)[0, -1], 2e-6)
+        parity.assert_close(found_B1V[row, 0], logits(ours, alone)[0, -1], 2e-6)
 
 
 def test_a_row_that_reads_nothing_keeps_its_cache():
     ours, _ = parity.decoder(TINY)
     segments_BT, positions_BT = one_text((2, 9))
     cache = ours.new_cache(batch=2, places=12)
-    _, before = ours(ours.embed(text()), segments_BT, positions_BT, cache)
+    _, before = read(ours, text(), segments_BT, positions_BT, cache)
     padding_B1 = np.array([[0], [BRANCHES]])
     ids_B1, positions_B1 = np.array([[1], [2]]), np.array([[9], [9]])
-    _, after = ours(ours.embed(ids_B1), padding_B1, positions_B1, before)
+    _, after = read(ours, ids_B1, padding_B1, positions_B1, before)
     assert after.length_B.tolist() == [9, 10]
     np.testing.assert_array_equal(after.k[:, 0, :9], before.k[:, 0, :9])
     assert not after.segments_BS[0, 9:].any()

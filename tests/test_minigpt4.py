@@ -60,6 +60,11 @@ def prompt(cfg, batch=2):
     return np.tile(row, (batch, 1)), np.tile(slots, (batch, 1))
 
 
+@nnx.jit
+def encode(model, pixels_BHWC):
+    return model.encode_image(pixels_BHWC)
+
+
 # The whole model
 
 
@@ -68,10 +73,10 @@ def prompt(cfg, batch=2):
 )
 def test_the_whole_agrees_with_its_torch_parts(cfg):
     ours, theirs = parity.minigpt4(cfg)
-    image_BQD = ours.encode_image(pixels(cfg))
+    image_BQD = encode(ours, pixels(cfg))
     expected_BQD = theirs.encode_image(pixels(cfg))
     parity.assert_close(image_BQD, expected_BQD)
-    logits_BTV = ours(*prompt(cfg), image_BQD)
+    logits_BTV = parity.call(ours, *prompt(cfg), image_BQD)
     for i in range(2):
         expected_TV = theirs(BEFORE, expected_BQD[i], AFTER)
         parity.assert_close(logits_BTV[i], expected_TV)
@@ -104,9 +109,8 @@ def test_the_projectors_gradient_agrees_with_torch():
         return model.loss(batch, model.encode_image(pixels(TINY, batch=1)))[0]
 
     trainable = nnx.All(nnx.Param, nnx.PathContains("projector"))
-    ours_loss, gradients = nnx.value_and_grad(
-        loss_of, argnums=nnx.DiffState(0, trainable)
-    )(ours)
+    differentiate = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, trainable))
+    ours_loss, gradients = nnx.jit(differentiate)(ours)
     parity.assert_close(ours_loss[None], loss[None])
     parity.assert_close(
         gradients["projector"]["kernel"][...], theirs.llama_proj.weight.grad.T
@@ -125,7 +129,8 @@ def test_only_the_trainable_part_gets_gradients():
 
     names = nnx.Any(nnx.PathContains("projector"), nnx.PathContains("qformer"))
     trainable = nnx.All(nnx.Param, names)
-    gradients = nnx.grad(loss_of, argnums=nnx.DiffState(0, trainable))(model)
+    differentiate = nnx.grad(loss_of, argnums=nnx.DiffState(0, trainable))
+    gradients = nnx.jit(differentiate)(model)
     flat = nnx.to_flat_state(gradients)
     assert {path[0] for path, _ in flat} == {"projector", "qformer"}
     for path, gradient in flat:
@@ -136,31 +141,35 @@ def test_only_the_trainable_part_gets_gradients():
 
 def test_other_rows_and_the_place_in_the_batch_change_nothing():
     ours, _ = parity.minigpt4(TINY)
-    together = ours(*prompt(TINY, 3), ours.encode_image(pixels(TINY, 3)))
+    together = parity.call(ours, *prompt(TINY, 3), encode(ours, pixels(TINY, 3)))
     for i in range(3):
-        image_1QD = ours.encode_image(pixels(TINY, 3)[i : i + 1])
-        alone = ours(*prompt(TINY, 1), image_1QD)
+        image_1QD = encode(ours, pixels(TINY, 3)[i : i + 1])
+        alone = parity.call(ours, *prompt(TINY, 1), image_1QD)
         parity.assert_close(alone[0], together[i], 2e-6)
 
 
 def test_cached_decoding_of_an_image_prompt_equals_full_forward():
     ours, _ = parity.minigpt4(TINY)
-    image_BQD = ours.encode_image(pixels(TINY))
+    image_BQD = encode(ours, pixels(TINY))
     ids_BT, slots_BT = prompt(TINY)
-    expected = ours(ids_BT, slots_BT, image_BQD)
+    expected = parity.call(ours, ids_BT, slots_BT, image_BQD)
     cut = ids_BT.shape[1] - 2
     cache = ours.llama.new_cache(batch=2, places=ids_BT.shape[1] + 3)
-    logits, cache = ours(ids_BT[:, :cut], slots_BT[:, :cut], image_BQD, cache=cache)
+    logits, cache = parity.call(
+        ours, ids_BT[:, :cut], slots_BT[:, :cut], image_BQD, cache=cache
+    )
     parity.assert_close(logits, expected[:, :cut], 2e-6)
     for t in range(cut, ids_BT.shape[1]):
         at_B1 = np.full((2, 1), t)
-        logits, cache = ours(ids_BT[:, t : t + 1], positions_BT=at_B1, cache=cache)
+        logits, cache = parity.call(
+            ours, ids_BT[:, t : t + 1], positions_BT=at_B1, cache=cache
+        )
         parity.assert_close(logits[:, 0], expected[:, t], 2e-6)
 
 
 def test_a_caption_beside_others_of_its_image_has_the_logits_it_has_alone():
     ours, _ = parity.minigpt4(TINY)
-    image_1QD = ours.encode_image(pixels(TINY, batch=1))
+    image_1QD = encode(ours, pixels(TINY, batch=1))
     shared = [1] + [0] * TINY.num_slots
     captions = [[17, 5, 40], [33, 8, 21, 9], [60]]
     ids, segments, positions = list(shared), [BRANCHES] * 8, list(range(8))
@@ -171,13 +180,20 @@ def test_a_caption_beside_others_of_its_image_has_the_logits_it_has_alone():
     slots_1T = np.zeros((1, len(ids) + 2), bool)
     slots_1T[:, 1:8] = True
     padded = [np.array([row + [0, 0]]) for row in (ids, segments, positions)]
-    packed_1TV = ours(
-        padded[0], slots_1T, image_1QD, segments_BT=padded[1], positions_BT=padded[2]
+    packed_1TV = parity.call(
+        ours,
+        padded[0],
+        slots_1T,
+        image_1QD,
+        segments_BT=padded[1],
+        positions_BT=padded[2],
     )
     start = len(shared)
     for caption in captions:
         alone_ids = np.array([shared + caption])
-        alone_1TV = ours(alone_ids, slots_1T[:, : alone_ids.shape[1]], image_1QD)
+        alone_1TV = parity.call(
+            ours, alone_ids, slots_1T[:, : alone_ids.shape[1]], image_1QD
+        )
         end = start + len(caption)
         parity.assert_close(packed_1TV[:, start:end], alone_1TV[:, 8:], 2e-6)
         parity.assert_close(packed_1TV[:, :8], alone_1TV[:, :8], 2e-6)
@@ -276,8 +292,8 @@ def test_a_bfloat16_model_is_near_its_float32_self():
     )
     state = nnx.state(ours, nnx.Param)
     nnx.update(half, jax.tree.map(lambda w: w.astype(jnp.bfloat16), state))
-    expected = ours(*prompt(TINY), ours.encode_image(pixels(TINY)))
-    found = half(*prompt(TINY), half.encode_image(pixels(TINY)))
+    expected = parity.call(ours, *prompt(TINY), encode(ours, pixels(TINY)))
+    found = parity.call(half, *prompt(TINY), encode(half, pixels(TINY)))
     assert found.dtype == jnp.float32
     # Eight bits a factor, some twenty layers deep.
     assert 1e-4 < parity.error(found, expected) < 0.1
@@ -331,7 +347,7 @@ COUNTS = {  # the spec's numbers
 }
 
 
-@pytest.mark.parametrize("name, part", COUNTS, ids="/".join)
+@pytest.mark.parametrize("name, part", COUNTS)
 def test_presets_have_the_published_number_of_parameters(name, part):
     shapes = parameter_shapes(PRESETS[name])
     own = [math.prod(s) for path, s in shapes.items() if path.split("/")[0] == part]

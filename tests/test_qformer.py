@@ -26,6 +26,15 @@ def patches(cfg, batch=2, seed=5):
     return parity.normal(seed, batch, PATCHES, cfg.encoder_width)
 
 
+@nnx.jit
+def one_layer(layer, look, x_BQD, patches_BPE):
+    """A layer as transformers counts them, with or without cross-attention."""
+    x_BQD = layer.attend(x_BQD)
+    if look is not None:
+        x_BQD, _ = look(x_BQD, patches_BPE, keep_map=False)
+    return layer.think(x_BQD)
+
+
 # The last group of layers is complete, short, or the only one.
 @pytest.mark.parametrize(
     "freq, num_layers", [(1, 3), (2, 4), (2, 5), (3, 4), (3, 2)], ids=str
@@ -54,24 +63,23 @@ def test_each_block_agrees_with_transformers():
     cross = iter(unstack(ours.cross))
     for i, layer in enumerate(unstack(ours.layers)):
         x_BQD, expected = seen[i]
-        out_BQD = layer.attend(x_BQD.numpy())
-        if i % TINY.cross_attention_freq == 0:
-            out_BQD, _ = next(cross)(out_BQD, patches(TINY), keep_map=False)
-        parity.assert_close(layer.think(out_BQD), expected)
+        look = next(cross) if i % TINY.cross_attention_freq == 0 else None
+        out_BQD = one_layer(layer, look, x_BQD.numpy(), patches(TINY))
+        parity.assert_close(out_BQD, expected)
 
 
 def test_blocks_of_full_width_agree_with_transformers():
     cfg = dataclasses.replace(BLIP2, num_layers=2)
     ours, theirs = parity.queries(cfg)
     expected = theirs(torch.from_numpy(patches(cfg))).last_hidden_state
-    parity.assert_close(ours(patches(cfg)), expected)
+    parity.assert_close(parity.call(ours, patches(cfg)), expected)
 
 
 def test_every_norm_has_an_eps_of_1e_12():
     ours, theirs = parity.queries(TINY, scale=1e-3)
     patches_BPE = torch.from_numpy(patches(TINY))
     expected = theirs(patches_BPE).last_hidden_state
-    parity.assert_close(ours(patches(TINY)), expected)
+    parity.assert_close(parity.call(ours, patches(TINY)), expected)
     for module in theirs.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-8
@@ -82,16 +90,17 @@ def test_every_norm_has_an_eps_of_1e_12():
 
 def test_other_images_of_the_batch_change_nothing():
     ours, _ = parity.queries(TINY)
-    together_BQD = ours(patches(TINY, batch=3))
+    together_BQD = parity.call(ours, patches(TINY, batch=3))
     for i in range(3):
-        alone_BQD = ours(patches(TINY, batch=3)[i : i + 1])
+        alone_BQD = parity.call(ours, patches(TINY, batch=3)[i : i + 1])
         parity.assert_close(alone_BQD[0], together_BQD[i], 1e-6)
 
 
 def test_the_order_of_the_patches_does_not_matter():
     ours, _ = parity.queries(TINY)
     patches_BPE = patches(TINY)
-    parity.assert_close(ours(patches_BPE[:, ::-1]), ours(patches_BPE), 1e-5)
+    turned, straight = patches_BPE[:, ::-1], patches_BPE
+    parity.assert_close(parity.call(ours, turned), parity.call(ours, straight), 1e-5)
 
 
 def test_cross_attention_maps_are_probabilities():
