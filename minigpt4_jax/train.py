@@ -64,6 +64,8 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
     mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
     sharding.check_batch(cfg.batch_size, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
+    paths = checkpoint.parameter_shapes(checkpoint.read_config(directory))
+    features.check_frozen(optim.select(paths, cfg.trainable))
     run = WorkDir(Path(workdir), cfg, directory)
     total = cfg.optim.total_steps
     if run.step == total:
@@ -78,7 +80,6 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
         checkpoint.load_trainables(model, checkpoint.resolve(cfg.init))
     trainables = Trainables(model, cfg.trainable)
     trainables.log()
-    features.check_frozen(trainables.paths)
 
     # Data.
     photos = {split: TarShards(data / split) for split in ("train", "val")}
