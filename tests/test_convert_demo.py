@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from convert import connector, demo, digests
 from convert.__main__ import underscored
 from minigpt4_jax import checkpoint, locate, storage
-from minigpt4_jax.data.tokens import load_tokenizer
+from minigpt4_jax.data.prompts import TEMPLATES, render
+from minigpt4_jax.data.tokens import lay_out, load_tokenizer
 from minigpt4_jax.errors import CheckpointError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import DEMO
@@ -248,14 +249,14 @@ def greedy(decoder, ids: list[int], **limits) -> np.ndarray:
         ).numpy()
 
 
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "Tell me a story about a dog."  # longer than 30 tokens
 
 
 @pytest.mark.parametrize(
     "prompt",
     [
-        CHAT.format("What is the capital of France?"),
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+        "<|im_start|>assistant\n",
         pytest.param("Once upon a time, in 1987,", marks=pytest.mark.slow),
     ],
 )
@@ -286,11 +287,11 @@ def test_the_generator_gives_the_30_greedy_tokens_of_transformers(
     theirs, demo_directory
 ):
     """Through prefill, cache and chunks, as a user's answer comes."""
-    tokenizer = load_tokenizer(demo_directory)
-    ids = tokenizer.encode(CHAT.format(QUESTION))
     generator = Generator.load(demo_directory, batch_size=1)
     sampling = dataclasses.replace(GREEDY, max_tokens=30)
     request = Request([user(QUESTION)], sampling=sampling)
+    segments = render(TEMPLATES[DEMO.template], request.messages)
+    ids, _ = lay_out(segments, generator.tokenizer, DEMO.num_slots)
     ours = [i for event in generator.submit([request]) for i in event.ids]
     assert ours == greedy(theirs, ids)[0, len(ids) :].tolist() and len(ours) == 30
 
