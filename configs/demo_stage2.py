@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
         peak_lr=2e-4,
         end_lr=1e-5,
         warmup_steps=20,
-        total_steps=400,
+        total_steps=260,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 100  # steps
-    cfg.eval_every = 100  # steps: loss on 64 photos of val, and sample captions
+    cfg.save_every = 130  # steps
+    cfg.eval_every = 130  # steps: loss on 64 photos of val, and sample captions
     return cfg
