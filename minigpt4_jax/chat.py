@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     )
     chat = generator.chat(sampling=greedy, stop=cfg.stop, seed=cfg.seed)
     prompt = args.prompt or PROMPT
-    logger.info("%s: %s", source, prompt)
+    logger.info("About %s:", source)
     say(chat, prompt, image)
     if args.prompt is None and sys.stdin.isatty():
         chat.sampling = sampling

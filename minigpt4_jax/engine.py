@@ -21,7 +21,7 @@ from minigpt4_jax.answer import Answer
 from minigpt4_jax.data.images import preprocess, read_image
 from minigpt4_jax.data.prompts import find_template, render
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
-from minigpt4_jax.errors import InputError
+from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.request import Event, Request, Usage
@@ -79,6 +79,9 @@ class Engine:
     def __init__(
         self, model: MiniGPT4, tokenizer: Tokenizer, *, slots: int = 8, chunk: int = 8
     ):
+        for name, value in (("batch_size", slots), ("chunk", chunk)):
+            if value < 1:
+                raise ConfigError(f"{name}: got {value}, want at least 1")
         if jax.default_backend() == "cpu" and not isinstance(
             model.llama.blocks, nnx.List
         ):

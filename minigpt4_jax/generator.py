@@ -15,11 +15,12 @@ from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
 from minigpt4_jax.engine import Engine, Prepared
-from minigpt4_jax.errors import InputError
+from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
 
+FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
 
@@ -67,11 +68,14 @@ class Generator:
             dtype: of weights and products; default float32 on CPU, else bfloat16.
 
         Raises:
+            ConfigError: another dtype, or a batch_size or chunk below 1.
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        if dtype not in FLOATS:
+            raise ConfigError(unknown("dtype", dtype, FLOATS))
         dtypes = DTypes(param=dtype, compute=dtype, output=dtype)
         path = checkpoint.resolve(name_or_path)
         model = checkpoint.load_model(path, dtypes)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from minigpt4_jax.errors import CheckpointError, InputError
+from minigpt4_jax.errors import CheckpointError, ConfigError, InputError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.request import GREEDY, Request, Sampling, user
 
@@ -114,3 +114,11 @@ def test_the_model_is_a_plain_module(gen):
     slots_BT = jax.numpy.array([[False, True, True, True, False]])
     logits_BTV = gen.model(ids_BT, slots_BT, image_BQD)
     assert logits_BTV.shape == (1, 5, tiny.VOCABULARY)
+
+
+def test_settings_that_would_never_end_or_mean_something_else_are_refused(gen):
+    for name in ("batch_size", "chunk"):
+        with pytest.raises(ConfigError, match=f"{name}: got 0"):
+            Generator(gen.model, gen.tokenizer, **{name: 0})
+    with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
+        Generator.load("demo", dtype="bfloat")
