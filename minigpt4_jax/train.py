@@ -77,9 +77,11 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
         directory, absent=tuple(cfg.trainable), mesh=mesh, seed=cfg.seed
     )
     if cfg.init:
-        checkpoint.load_trainables(model, checkpoint.resolve(cfg.init))
+        found = checkpoint.load_trainables(model, checkpoint.resolve(cfg.init))
     trainables = Trainables(model, cfg.trainable)
     trainables.log()
+    if cfg.init:
+        check_init(cfg.init, found, trainables.paths)
 
     # Data.
     photos = {split: TarShards(data / split) for split in ("train", "val")}
@@ -130,6 +132,24 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
     # Finish.
     run.close()
     return run.step == total
+
+
+def check_init(init: str, found, trainable) -> None:
+    """Refuse to start from weights that this run would use and not save.
+
+    A work directory holds its trainables alone; with others under them in training,
+    `Generator.load` would later put together another model than the one trained.
+    """
+    frozen = sorted(set(found) - set(trainable))
+    if frozen:
+        raise errors.ConfigError(
+            f"config.init: {init} was trained in {', '.join(frozen[:3])} and "
+            f"{len(frozen)} parameters in all that config.trainable leaves out; add "
+            "their pattern to config.trainable"
+        )
+    fresh = sorted(set(trainable) - set(found))
+    if fresh:
+        logger.warning("not in %s, so drawn anew: %s", init, ", ".join(fresh))
 
 
 class Looks:

@@ -118,12 +118,13 @@ class WorkDir:
         path = self.path / name
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line that a kill cut short has no end.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        if kept != lines:
-            _replace(path, "".join(kept))
+        text = path.read_text(encoding="utf-8")
+        # By "\n" alone: a caption may hold other ends of lines, such as U+2028. What
+        # stands behind the last one is a line that a kill cut short.
+        whole = [line + "\n" for line in text.split("\n")[:-1]]
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        if kept != text:
+            _replace(path, kept)
 
     def _refuse_another(self, new: dict) -> None:
         old = locate.read_json(self.path / "config.json")

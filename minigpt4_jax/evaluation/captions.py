@@ -217,7 +217,7 @@ def _lines(path: str | Path) -> dict[str, dict]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text: {error}") from error
-    for number, row in enumerate(text.splitlines(), start=1):
+    for number, row in enumerate(text.split("\n"), start=1):
         if not row.strip():
             continue
         try:
