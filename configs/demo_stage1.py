@@ -2,6 +2,9 @@ r"""Stage 1 of the demo's connector: align on captions, no prompt.
 
 python -m minigpt4_jax.train --config configs/demo_stage1.py --data DIR \
     --workdir WORK/stage1 --features WORK/features --config.init WORK/warmup
+
+Two cores of a server CPU, 12 minutes beside other work: 2.958 nats a token on val.
+The losses were still falling: this is the run that ships, not the best there is.
 """
 
 from ml_collections import ConfigDict

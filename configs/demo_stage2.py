@@ -2,6 +2,10 @@ r"""Stage 2 of the demo's connector: answer questions in the chat's own words.
 
 python -m minigpt4_jax.train --config configs/demo_stage2.py --data DIR \
     --workdir WORK/stage2 --features WORK/features --config.init WORK/stage1
+
+Two cores of a server CPU, 11 minutes beside other work: 2.796 nats a token on val.
+Scores are in minigpt4_jax/assets/demo/README.md.
+The losses were still falling: this is the run that ships, not the best there is.
 """
 
 from ml_collections import ConfigDict

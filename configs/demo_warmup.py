@@ -2,6 +2,9 @@ r"""Warm start of the demo's connector: name the words of the captions, no decod
 
 python -m minigpt4_jax.train --config configs/demo_warmup.py --data DIR \
     --workdir WORK/warmup --features WORK/features
+
+Two cores of a server CPU, 9 minutes beside other work: 43.47 nats a photo on val.
+The losses were still falling: this is the run that ships, not the best there is.
 """
 
 from ml_collections import ConfigDict
