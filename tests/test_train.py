@@ -50,6 +50,8 @@ def stage_config(folder: Path, loss: str, init: str = ""):
         folder / "frozen",
         loss=loss,
         init=init and str(folder / init),
+        batch_size=6,  # all photos in every step
+        dialogues__one_sentence=1.0,  # and all captions: the losses can be compared
         optim__total_steps=STEPS,
         save_every=10,
         eval_every=STEPS,
@@ -103,7 +105,7 @@ def test_the_loss_of_each_stage_goes_down(chain, loss):
     losses = [record["loss"] for record in metrics(chain / loss)]
     assert len(losses) == STEPS and np.isfinite(losses).all()
     # A random decoder can be told only so much by three slots.
-    drop = {"words": 0.5, "captions": 0.96, "dialogues": 0.98}[loss]
+    drop = {"words": 0.7, "captions": 0.96, "dialogues": 0.99}[loss]
     assert np.mean(losses[-3:]) < drop * np.mean(losses[:2])
 
 
@@ -269,3 +271,13 @@ def test_flags_that_are_absent_or_mistyped_end_with_a_sentence(folder):
         )
         assert done.returncode == code, done.stderr
         assert complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_weights_that_would_be_used_and_not_saved_are_refused(caplog):
+    with pytest.raises(ConfigError, match="qformer/norm/bias"):
+        train.check_init(
+            "WORK", ["projector/bias", "qformer/norm/bias"], ["projector/bias"]
+        )
+    with caplog.at_level("WARNING"):
+        train.check_init("WORK", ["projector/bias"], ["projector/bias", "qformer/q"])
+    assert "drawn anew: qformer/q" in caplog.text
