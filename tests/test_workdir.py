@@ -111,7 +111,7 @@ def test_lines_after_the_checkpoint_are_dropped_since_their_steps_come_again(
     run = WorkDir(path, config(frozen), frozen)
     for step in (1, 2, 3):
         run.log(step, {"loss": float(step)})
-        run.log_samples(step, {"00007": "eine Straße"})
+        run.log_samples(step, {"00007": "eine Straße\u2028mit Hund"})
         if step == 2:
             run.save(step, state(step))
     run.close()
@@ -122,9 +122,9 @@ def test_lines_after_the_checkpoint_are_dropped_since_their_steps_come_again(
     run.close()
     metrics = (path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in metrics] == [1.0, 2.0]
-    samples = (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(samples[-1]) == {
+    samples = (path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert json.loads(samples[-2]) == {
         "step": 2,
         "photo": "00007",
-        "says": "eine Straße",
+        "says": "eine Straße\u2028mit Hund",
     }
