@@ -4,11 +4,13 @@ What lies before the first trainable module never changes in a run and the trans
 deterministic, so an epoch need not see the ViT again.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -53,8 +55,14 @@ def patches(
     key = _key(model, examples)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / f"patches-{key}.npy"
-    if done.exists():
-        return np.load(done, mmap_mode="r")
+    with _alone(folder):
+        if not done.exists():
+            _extract(model, examples, done, mesh)
+    return np.load(done, mmap_mode="r")
+
+
+def _extract(model: MiniGPT4, examples: TarShards, done: Path, mesh) -> None:
+    """Write the patches to `done`, through a file that an interruption leaves behind."""
     part, count = done.with_suffix(".part"), done.with_suffix(".count")
     shape = (len(examples), model.cfg.vit.num_patches, model.cfg.vit.width)
     start = _count(count) if part.exists() else 0
@@ -79,7 +87,21 @@ def patches(
     os.replace(part, done)
     count.unlink(missing_ok=True)
     logger.info("features of %d photos: %s", len(examples), done)
-    return np.load(done, mmap_mode="r")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process at the latest: runs share it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another run that makes features in %s", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @nnx.jit

@@ -70,6 +70,7 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
     total = cfg.optim.total_steps
     if run.step == total:
         logger.info("%s is at step %d of %d already", run.path, run.step, total)
+        run.close()
         return True
 
     # Model: the frozen weights in their places, and what is trained.
@@ -85,9 +86,11 @@ def train(cfg, data: Path, workdir: Path, features_dir=None, devices=None) -> bo
 
     # Data.
     photos = {split: TarShards(data / split) for split in ("train", "val")}
+    for split, found in photos.items():
+        logger.info("%s: %d photos, left out: %s", split, len(found), found.left_out())
     folder = Path(features_dir or run.path / "features")
     patches = {s: features.patches(model, p, folder, mesh) for s, p in photos.items()}
-    captions = {s: [x.captions for x in p] for s, p in photos.items()}
+    captions = {s: list(map(p.captions, range(len(p)))) for s, p in photos.items()}
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )

@@ -3,15 +3,14 @@ import pytest
 
 from minigpt4_jax.data import demo_texts
 from minigpt4_jax.data.demo_texts import (
-    IN_DETAIL,
     ONE_SENTENCE,
     PARAPHRASES,
-    dialogues,
     in_detail,
     one_sentence,
     short_questions,
     tidy,
 )
+from minigpt4_jax.data.prompts import ALIGNMENT_QUESTIONS
 
 BROWN_DOG = [
     "A brown dog is running through the grass.",
@@ -36,11 +35,12 @@ def noes(captions):
 
 
 def test_the_same_seed_gives_the_same_texts():
-    first, second, other = (
-        dialogues(BROWN_DOG, np.random.default_rng(seed)) for seed in (3, 3, 4)
-    )
-    assert first == second
-    assert first != other
+    for make in (one_sentence, in_detail, short_questions):
+        first, second, *others = (
+            make(BROWN_DOG, np.random.default_rng(seed)) for seed in (3, 3, *range(9))
+        )
+        assert first == second
+        assert any(first != other for other in others)
 
 
 def test_each_caption_is_the_answer_of_one_sentence_once():
@@ -61,7 +61,7 @@ def test_details_are_captions_that_add_something():
         "A cowboy throws his rope at a small calf.",
     ]
     ((question, answer),) = in_detail(captions, np.random.default_rng(0))
-    assert question in IN_DETAIL
+    assert question in ALIGNMENT_QUESTIONS
     assert answer.count(".") == 2
     assert "calf" in answer and "hat" in answer
 

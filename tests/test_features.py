@@ -1,5 +1,9 @@
 """Features are computed once, never taken from elsewhere, and survive an interruption."""
 
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,6 +53,29 @@ def test_features_are_the_patches_of_each_photo(model, photos, tmp_path):
     want_BPE = model.encode_patches(jnp.asarray(pixels_BHWC))
     assert found.shape == want_BPE.shape and found.dtype == np.float16
     np.testing.assert_allclose(found, want_BPE, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_waits_for_another_that_makes_the_same_file(
+    model, photos, tmp_path, seen, monkeypatch
+):
+    begun, go_on = threading.Event(), threading.Event()
+    refuse = features._refuse_infinite
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        refuse(*arguments)
+
+    monkeypatch.setattr(features, "_refuse_infinite", slow)
+    with ThreadPoolExecutor(2) as pool:
+        make = functools.partial(features.patches, model, photos, tmp_path)
+        first = pool.submit(make, one_device())
+        assert begun.wait(60)
+        second = pool.submit(make, one_device())
+        assert not wait([second], timeout=0.5).done
+        go_on.set()
+        np.testing.assert_array_equal(first.result(60), second.result(60))
+    assert len(seen) == 5
 
 
 def test_the_second_time_reads_the_file(model, photos, tmp_path, seen):

@@ -54,7 +54,10 @@ def test_examples_come_in_order_of_shards_and_members(two_shards):
     assert example.captions == ("A dog.", "A brown dog.")
     assert (example.license, example.source) == ("CC BY", "here")
     assert (shards[3].license, shards[3].source) == ("", "")
-    assert not shards.skipped
+    assert [shards.captions(i) for i in range(-4, 4)] == 2 * [
+        x.captions for x in shards
+    ]
+    assert (shards.skipped, shards.left_out()) == ({}, "nothing")
 
 
 def test_a_folder_means_its_tars_in_order_of_name(two_shards):
@@ -129,6 +132,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(tmp_path):
         "no caption": 2,
         "key repeated in its shard": 2,
     }
+    assert shards.left_out().startswith("5 blank caption, 4 json not readable, 2 ")
 
 
 def test_the_same_key_in_two_shards_is_two_examples(tmp_path):
@@ -140,7 +144,7 @@ def test_the_same_key_in_two_shards_is_two_examples(tmp_path):
 
 def test_nothing_usable_is_an_error_with_the_reasons(tmp_path):
     path = write_shard(tmp_path / "a.tar", [("0.jpg", b"x"), ("1.jpg", b"x")])
-    with pytest.raises(DataError, match=r"a\.tar: no usable.*image without json': 2"):
+    with pytest.raises(DataError, match=r"a\.tar: no usable.*2 image without json"):
         TarShards(path)
     write_shard(path, [("readme.txt", b"x")])
     with pytest.raises(DataError, match=r"no KEY\.jpg with KEY\.json"):

@@ -43,7 +43,6 @@ class Template:
         system: default system text; None for no system turn unless a message asks.
         image, joiner: what an image becomes, and what follows each one of a message.
         stop: strings that end an answer besides the model's end tokens.
-        stop_ids: the encodings of `stop`, for the reference's way of stopping.
         fragile: what a message may not spell; broken up by spaces before encoding.
         training: a question of stage 2, `{}` being the question with its image.
         end: follows an answer of stage 2, and is learned with it.
@@ -58,7 +57,6 @@ class Template:
     joiner: str
     specials: tuple[str, ...]
     stop: tuple[str, ...]
-    stop_ids: tuple[tuple[int, ...], ...]
     fragile: tuple[str, ...]
     training: str
     end: str
@@ -78,7 +76,6 @@ VICUNA_V0 = Template(
     joiner=" ",
     specials=("<s>", "</s>", "<unk>"),
     stop=("###",),
-    stop_ids=((835,), (2277, 29937)),  # at a word's start, glued to a word's end
     fragile=("###",),
     training="###Human: {} ###Assistant: ",  # here with a space before the second ###
     end="###",
@@ -93,7 +90,6 @@ LLAMA2 = Template(
     joiner=" ",
     specials=("<s>", "</s>", "<unk>"),
     stop=(),
-    stop_ids=((2,),),
     fragile=("[INST]", "[/INST]"),
     training="[INST] {} [/INST] ",
     end="</s>",
@@ -108,7 +104,6 @@ CHATML = Template(
     joiner="\n",
     specials=("<|im_start|>", "<|im_end|>"),
     stop=(),
-    stop_ids=((2,),),
     fragile=(),
     training="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     end="<|im_end|>",
@@ -121,7 +116,6 @@ ALIGNMENT_QUESTIONS = (
     "Please provide a detailed description of the picture.",
     "Could you describe the contents of this image for me?",
 )
-ALIGNMENT_PROMPTS = tuple(f"<Img><ImageHere></Img> {q}" for q in ALIGNMENT_QUESTIONS)
 CAPTION_END = "\n"  # follows a caption of stage 1
 
 
@@ -183,12 +177,6 @@ def training_answer(template: Template, answer: str) -> list[Segment]:
 def caption_answer(caption: str) -> list[Segment]:
     """A caption of stage 1 with its end."""
     return [caption + CAPTION_END]
-
-
-def as_text(segments: Iterable[Segment]) -> str:
-    """Segments for people to read; specials and images look like text spelling them."""
-    names = {str: lambda s: s, Special: lambda s: s.name, Mark: lambda s: s.value}
-    return "".join(names[type(segment)](segment) for segment in segments)
 
 
 def parse_specials(text: str, names: Iterable[str]) -> list[Segment]:

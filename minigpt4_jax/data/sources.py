@@ -63,45 +63,59 @@ class TarShards:
         self.paths = _shards(paths)
         self.keys: list[str] = []
         self.skipped: Counter[str] = Counter()
-        self._spans = array(
-            "q"
-        )  # shard, image offset, size, json offset, size; repeated
+        # Shard, image offset, its size, json offset, its size; repeated.
+        self._spans = array("q")
         for shard, path in enumerate(self.paths):
             self._scan(shard, path)
         if not self.keys:
-            reasons = dict(self.skipped) or "no KEY.jpg with KEY.json"
-            raise DataError(f"{_names(self.paths)}: no usable example ({reasons})")
+            reasons = self.skipped and self.left_out()
+            raise DataError(
+                f"{_names(self.paths)}: no usable example "
+                f"({reasons or 'no KEY.jpg with KEY.json'})"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def left_out(self) -> str:
+        """`skipped` for a log: "2 empty image, 1 no caption", or "nothing"."""
+        reasons = self.skipped.most_common()
+        return ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
+
     def __getitem__(self, index: int) -> Example:
         """Raises DataError if the shard changed since it was scanned."""
+        image, fields = self._read(index, with_image=True)
+        return Example(
+            key=self.keys[index],
+            image=image,
+            captions=tuple(_captions(fields)),
+            license=str(fields.get("license") or ""),
+            source=str(fields.get("source") or ""),
+        )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """An example's captions alone, without reading its image; raises as indexing."""
+        return tuple(_captions(self._read(index, with_image=False)[1]))
+
+    def _read(self, index: int, with_image: bool) -> tuple[bytes, dict]:
         i = as_index(index)
         i += len(self) if i < 0 else 0
         if not 0 <= i < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         shard, at, size, json_at, json_size = self._spans[5 * i : 5 * i + 5]
-        path = self.paths[shard]
+        path, size = self.paths[shard], size if with_image else 0
         try:
             with open(path, "rb", buffering=0) as file:
                 image = os.pread(file.fileno(), size, at)
-                text = os.pread(file.fileno(), json_size, json_at)
-            fields = json.loads(text)
-            captions = tuple(_captions(fields))
+                fields = json.loads(os.pread(file.fileno(), json_size, json_at))
+            captions = _captions(fields)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: {self.keys[i]}: not readable any more ({error})"
             ) from error
         if len(image) < size or not captions:
             raise DataError(f"{path}: {self.keys[i]}: changed since it was scanned")
-        return Example(
-            key=self.keys[i],
-            image=image,
-            captions=captions,
-            license=str(fields.get("license") or ""),
-            source=str(fields.get("source") or ""),
-        )
+        return image, fields
 
     def _scan(self, shard: int, path: Path) -> None:
         images: dict[str, tarfile.TarInfo] = {}

@@ -160,8 +160,8 @@ class MiniGPT4(nnx.Module):
         if qformer is None and cfg.qformer is not None:
             qformer = QFormer(cfg.qformer, dtypes=dtypes, rngs=rngs)
         self.qformer = qformer
-        # About as long as a decoder's token embeddings: much longer ones make the first
-        # steps of training shrink them, and on the way the queries become alike.
+        # About as long as a decoder's token embeddings, so that training need not first
+        # shrink them. A trial with 7 times that length ended with queries all alike.
         self.projector = Linear(
             cfg.projector_width,
             cfg.llama.width,

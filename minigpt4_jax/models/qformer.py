@@ -21,7 +21,7 @@ from minigpt4_jax.models.layers import (
     wants,
 )
 
-# BERT's: branches small beside the residual stream, which tells the queries apart.
+# BERT's: branches begin small beside the residual stream, which tells queries apart.
 INIT_STD = 0.02
 
 
