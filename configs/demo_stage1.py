@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     cfg.dialogues = dict(one_sentence=0.6)  # share of rows, stage 2 only
     cfg.optim = dict(
         peak_lr=3e-4,
-        end_lr=1.5e-4,
-        warmup_steps=20,
-        total_steps=350,
+        end_lr=1e-4,
+        warmup_steps=40,
+        total_steps=1300,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 175  # steps
-    cfg.eval_every = 175  # steps: loss on 64 photos of val, and sample captions
+    cfg.save_every = 325  # steps
+    cfg.eval_every = 325  # steps: loss on 64 photos of val, and sample captions
     return cfg

@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     cfg.dialogues = dict(one_sentence=0.6)  # share of rows, stage 2 only
     cfg.optim = dict(
         peak_lr=2e-4,
-        end_lr=5e-5,
+        end_lr=2e-5,
         warmup_steps=60,
-        total_steps=600,
+        total_steps=1500,
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
         weight_decay=0.05,
@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps
-    cfg.save_every = 50  # steps
-    cfg.eval_every = 100  # steps: loss on 64 photos of val
+    cfg.save_every = 100  # steps
+    cfg.eval_every = 250  # steps: loss on 64 photos of val
     return cfg

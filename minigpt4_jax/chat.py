@@ -15,7 +15,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 from minigpt4_jax.data.images import read_image
-from minigpt4_jax.generate import SAMPLING, define_config
+from minigpt4_jax.generate import SAMPLING, define_config, given_config
 from minigpt4_jax.generator import Chat, Generator
 from minigpt4_jax.request import Sampling, Usage
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         raise errors.InputError(f"chat takes flags only, got {argv[1]!r}")
     source = args.image or PHOTO
     image = read_image(source)  # before the model: a wrong name should not cost a load
-    cfg = args.config
+    cfg = given_config("chat")
     sampling = Sampling(**{name: cfg[name] for name in SAMPLING})
     began = time.perf_counter()
     generator = Generator.load(

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
         raise errors.InputError(f"generate takes flags only, got {argv[1]!r}")
     if not args.images or not args.out:
         raise errors.InputError("generate needs --images and --out")
-    generate(args.checkpoint, args.images, args.prompt, Path(args.out), args.config)
+    cfg = given_config("generate")
+    generate(args.checkpoint, args.images, args.prompt, Path(args.out), cfg)
 
 
 def generate(
@@ -166,10 +167,22 @@ def define_flags() -> None:
 
 def define_config(name: str) -> None:
     """--config FILE, with the clone's configs/NAME.py as default."""
-    default = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    clone = Path(__file__).parent.parent / "configs" / f"{name}.py"
     config_flags.DEFINE_config_file(
-        "config", str(default), "knobs, as in configs/" + name + ".py"
+        "config",
+        str(clone) if clone.exists() else None,
+        f"knobs, as in configs/{name}.py",
     )
+
+
+def given_config(name: str) -> ConfigDict:
+    """What `define_config` found; an install without its clone has no default."""
+    if flags.FLAGS.config is None:
+        raise errors.InputError(
+            f"{name} needs --config FILE where the package is installed alone; a copy "
+            f"of configs/{name}.py of its repository will do"
+        )
+    return flags.FLAGS.config
 
 
 if __name__ == "__main__":

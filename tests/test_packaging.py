@@ -108,6 +108,21 @@ def test_what_ships_is_small(wheel):
     assert demo <= 25 * MEGABYTE
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_without_its_clone_a_command_asks_for_the_config(wheel, tmp_path, command):
+    wheel.extractall(tmp_path)
+    needed = {"generate": ["--images=.", "--out=x"], "chat": []}[command]
+    result = subprocess.run(
+        [sys.executable, "-m", f"minigpt4_jax.{command}", *needed],
+        cwd=tmp_path,  # first in the path, before the installed clone
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert f"{command} needs --config FILE" in result.stderr.splitlines()[-1]
+
+
 def test_a_plain_install_needs_what_the_package_imports_and_no_more(wheel):
     needed = set(requirements(wheel, None))
     assert needed == imported("minigpt4_jax/**/*.py")
