@@ -11,6 +11,7 @@ command again answers what has no answer yet, errors included. Knobs: configs/ge
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,10 @@ from minigpt4_jax.request import Request, Sampling, user
 logger = logging.getLogger(__name__)
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "max_tokens")
+LINES = (  # of the output, values left empty
+    '{"image": "", "prompt": "", "answer": "", "finish_reason": ""}',
+    '{"image": "", "prompt": "", "error": ""}',
+)
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +51,8 @@ def generate(
 ) -> None:
     """Append to `out` what it lacks of the answers about `images`."""
     tasks = [(record, record.prompt or prompt) for record in list_images(images)]
+    if out.exists() and out.samefile(images):
+        raise errors.InputError(f"--out and --images are one file, {out}; change --out")
     answered = keep_answered(out)
     todo = [t for t in tasks if not _take(answered, (t[0].name, t[1]))]
     logger.info("%d images, %d answered before", len(tasks), len(tasks) - len(todo))
@@ -114,7 +121,8 @@ def answers(
 def keep_answered(path: Path) -> Counter:
     """Drop errors and a half-written last line from earlier output; count its answers.
 
-    Returns how often each (image, prompt) is answered.
+    Returns how often each (image, prompt) is answered. A file with any other line is
+    the user's own: it stays as it is, and raises InputError.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +133,7 @@ def keep_answered(path: Path) -> Counter:
         if not text.strip():
             continue
         line = _parsed(text)
-        if line is None and number < len(lines):
+        if line is None and not (number == len(lines) and _cut_short(text)):
             raise errors.InputError(
                 f"{path}, line {number}: not a line of answers; give another --out"
             )
@@ -139,11 +147,21 @@ def keep_answered(path: Path) -> Counter:
 
 
 def _parsed(text: str) -> dict | None:
+    """The line, if `answers` made it."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and {"image", "prompt"} <= set(line) else None
+    if not isinstance(line, dict) or not {"answer", "error"} & set(line):
+        return None
+    strings = all(isinstance(line.get(key), str) for key in ("image", "prompt"))
+    return line if strings else None
+
+
+def _cut_short(text: str) -> bool:
+    """Whether a line of the output begins so, whatever its values."""
+    emptied = re.sub(r'": "(?:[^"\\]|\\.?)*', '": "', text)
+    return any(line.startswith(emptied) for line in LINES)
 
 
 def _take(counts: Counter, key: tuple[str, str]) -> bool:

@@ -123,9 +123,44 @@ def test_an_input_listed_twice_gets_two_lines(tmp_path):
     assert not generate._take(answered, ("a.png", "Why?"))
 
 
-def test_a_file_that_holds_no_answers_is_not_overwritten(tmp_path):
-    out = tmp_path / "notes.txt"
-    out.write_text("my notes\nmore\n")
-    with pytest.raises(InputError, match=r"notes.txt, line 1: .* --out"):
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("my notes\nmore\n", 1),
+        ('{"my": "config"}', 1),
+        ('{"image": "a.png", "prompt": "Hm?"}', 1),
+        ('{"image": "a.png", "prompt": "Hm?"}\n{"image": "b.png"}\n', 1),
+        ('{"image": "a.png", "prompt": "Hm?", "error": ""}\n{"image": "b.png", "w', 2),
+        ('{"image": 7, "prompt": "Hm?", "answer": ""}\n', 1),
+        ("[" * 100_000, 1),
+    ],
+)
+def test_a_file_of_the_users_is_not_overwritten(tmp_path, text, line):
+    out = tmp_path / "mine.jsonl"
+    out.write_text(text)
+    with pytest.raises(InputError, match=rf"mine.jsonl, line {line}: .* --out"):
         generate.keep_answered(out)
-    assert out.read_text() == "my notes\nmore\n"
+    assert out.read_text() == text
+
+
+def test_the_list_of_images_is_no_place_for_the_answers(tmp_path):
+    images = tmp_path / "list.jsonl"
+    text = json.dumps({"image": "a.png", "prompt": "Hm?", "answer": "A cat."}) + "\n"
+    images.write_text(text)
+    (tmp_path / "link.jsonl").symlink_to(images)
+    with pytest.raises(InputError, match="--out and --images are one file"):
+        generate.generate("no", str(images), "", tmp_path / "link.jsonl", CFG)
+    assert images.read_text() == text
+
+
+@pytest.mark.parametrize("last", ["answer", "error"])
+def test_a_line_cut_short_anywhere_is_dropped_and_nothing_else(tmp_path, last):
+    line = {"image": 'a "b": "c.png', "prompt": "two\\\nlines é", last: "so"}
+    line |= {"finish_reason": "stop"} if last == "answer" else {}
+    whole = json.dumps(line, ensure_ascii=False).encode()
+    first = json.dumps({"image": "z", "prompt": "", "answer": ""}) + "\n"
+    out = tmp_path / "answers.jsonl"
+    for end in range(len(whole)):
+        out.write_bytes(first.encode() + whole[:end])
+        assert generate.keep_answered(out) == {("z", ""): 1}
+        assert out.read_text() == first
