@@ -66,7 +66,8 @@ def generate(
     )
     bar = tqdm.tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="image")
     began, tokens, failed = time.monotonic(), 0, 0
-    with bar, open(out, "a", encoding="utf-8") as file:
+    # A name that is not UTF-8 has lone surrogates, which so become JSON's escapes.
+    with bar, open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
         for line, count in answers(generator, todo, cfg):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()

@@ -1,6 +1,7 @@
 """The batch command: a line for every input, and a rerun that skips what is answered."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import tiny
 from ml_collections import ConfigDict
 
 from minigpt4_jax import generate
+from minigpt4_jax.data.images import read_image
 from minigpt4_jax.data.sources import list_images
 from minigpt4_jax.errors import InputError
+from minigpt4_jax.evaluation.captions import read_pairs
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.request import Event, Usage
 
 ROOT = Path(__file__).parent.parent
 CFG = ConfigDict(
@@ -86,6 +90,39 @@ def test_a_rerun_answers_what_has_no_answer_yet(photos, tmp_path, capfd, caplog)
 
     generate.generate("no such model", str(repaired), "Hm?", out, CFG)  # nothing to do
     assert len(read(out)) == 4
+
+
+class Parrot:
+    """Answers about images that it can read, without a model."""
+
+    def submit(self, requests):
+        for request in requests:
+            read_image(*request.messages[0].images)
+            usage = Usage(prompt_tokens=1, answer_tokens=2)
+            yield Event(request.id, piece="A é.", finish_reason="stop", usage=usage)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 there")
+def test_a_photo_whose_name_is_not_utf_8_is_answered_once_and_scored(
+    photos, tmp_path, monkeypatch
+):
+    folder, out = tmp_path / "photos", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    odd = os.fsdecode(b"caf\xe9.png")
+    for name in (odd, "café.png"):
+        shutil.copy(photos / "0.png", folder / name)
+    monkeypatch.setattr(Generator, "load", lambda *_, **__: Parrot())
+    generate.generate("tiny", str(folder), "Hm?", out, CFG)
+    assert {line["image"]: line["answer"] for line in read(out)} == {
+        odd: "A é.",
+        "café.png": "A é.",
+    }
+    monkeypatch.setattr(Generator, "load", None)  # not reached: nothing to do
+    generate.generate("tiny", str(folder), "Hm?", out, CFG)
+    references = tmp_path / "captions.jsonl"
+    lines = [{"image": name, "captions": ["A."]} for name in (odd, "café.png")]
+    references.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_pairs(out, references) == (["A é.", "A é."], [["A."], ["A."]])
 
 
 def command(*arguments: str):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +261,7 @@ def test_a_list_is_relative_to_itself_and_may_carry_prompts(tmp_path):
         ('{"image": ["a.jpg"]}', "no image"),
         ('{"image": ""}', "no image"),
         ('{"image": "a.jpg", "prompt": 3}', "the prompt is int"),
+        (r'{"image": "a.jpg", "prompt": "\ud83d"}', "the prompt holds half"),
     ],
 )
 def test_a_wrong_line_of_a_list_is_named_by_its_number(tmp_path, line, words):
@@ -267,6 +269,14 @@ def test_a_wrong_line_of_a_list_is_named_by_its_number(tmp_path, line, words):
     path.write_text('{"image": "a.jpg"}\n\n' + line + "\n")
     with pytest.raises(InputError, match=rf"list\.jsonl, line 3: {words}.*want"):
         list_images(path)
+
+
+def test_a_name_that_is_not_utf_8_may_be_listed_and_a_whole_pair_asked(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text(r'{"image": "caf\udce9.jpg", "prompt": "\ud83d\ude00?"}')
+    (record,) = list_images(path)
+    assert os.fsencode(record.path.name) == b"caf\xe9.jpg"
+    assert record.prompt == "\U0001f600?"
 
 
 def test_nothing_to_list_is_an_input_error(tmp_path):

@@ -6,6 +6,7 @@ about. Neither decodes an image.
 
 import json
 import os
+import re
 import tarfile
 from array import array
 from collections import Counter
@@ -234,6 +235,10 @@ def _record(line: str, path: Path, number: int) -> ImageRecord:
     if not isinstance(prompt, str | None):
         kind = type(prompt).__name__
         raise InputError(f"{where}: the prompt is {kind}; {want}")
+    if re.search(r"[\ud800-\udfff]", prompt or ""):
+        raise InputError(
+            f"{where}: the prompt holds half of a surrogate pair, which is no text; {want}"
+        )
     return ImageRecord(image, path.parent / image, prompt)
 
 
