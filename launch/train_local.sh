@@ -24,6 +24,22 @@ fail() {
     exit 2
 }
 
+# The path without links and dots of a folder that may not be there yet.
+real() {
+    local path="" rest=$1/ part
+    while [[ -n $rest ]]; do
+        part=${rest%%/*} rest=${rest#*/}
+        case $part in
+            "" | .) ;;
+            ..) path=${path%/*} ;;
+            *) path+=/$part ;;
+        esac
+        [[ ! -L $path ]] || path=$(cd -P "$path" && pwd) || return
+        path=${path%/}
+    done
+    printf '%s\n' "${path:-/}"
+}
+
 data="" workdir="" dry_run=false
 while (($#)); do
     case $1 in
@@ -47,7 +63,8 @@ $dry_run || [[ -d $data ]] || fail "--data: no such folder: $data"
 # Relative folders are meant from where the command was typed.
 [[ $data == /* ]] || data=$PWD/$data
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+workdir=$(real "$workdir") || fail "--workdir leads nowhere: $workdir"
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $workdir/ != "$PWD"/* ]] || fail "--workdir lies inside the checkout: $workdir"
 
 python=${PYTHON:-.venv/bin/python}

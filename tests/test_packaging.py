@@ -204,9 +204,9 @@ def test_make_demo_passes_spaces_quotes_and_dollars_as_typed(calls):
     assert chat == ["-m", "minigpt4_jax.chat", f"--image={image}", f"--prompt={prompt}"]
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
+def launch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [str(ROOT / "launch/train_local.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 def test_the_launcher_shows_all_stages_without_running_them(tmp_path):
@@ -242,6 +242,31 @@ def test_the_launcher_refuses_what_it_cannot_use(arguments, complaint):
     result = launch(*arguments)
     assert result.returncode == 2
     assert complaint in result.stderr
+
+
+def test_the_launcher_takes_folders_where_they_really_are(tmp_path):
+    """What is typed may lead into the checkout or only seem to; `w` is not there yet."""
+    root = ROOT.resolve()
+    for name, target in (("in", root), ("out", tmp_path), ("gone", tmp_path / "gone")):
+        (tmp_path / name).symlink_to(target)
+    flags = ("--data", "/d", "--dry-run", "--workdir")
+    for typed, cwd, place in (
+        ("../w", root, root.parent / "w"),
+        ("w/../../runs/./w", root, root.parent / "runs/w"),
+        ("out/out/w", tmp_path, tmp_path / "w"),
+        (f"in/../{tmp_path.name}/w", tmp_path, root.parent / tmp_path.name / "w"),
+    ):
+        result = launch(*flags, typed, cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        assert f" --workdir {place}/stage2 " in result.stderr
+    for typed, cwd, complaint in (
+        ("in/w", tmp_path, "inside the checkout"),
+        (f"w/../../{root.name}", root, "inside the checkout"),
+        ("gone/w", tmp_path, "leads nowhere"),
+    ):
+        result = launch(*flags, typed, cwd=cwd)
+        assert result.returncode == 2
+        assert complaint in result.stderr
 
 
 REFUSE = """
