@@ -5,7 +5,7 @@
 DATA holds a folder of tar shards for each split (`DATA/test/*.tar`). The photos are
 answered by `python -m minigpt4_jax.generate`, greedily, as a user's folder would be.
 Prints a table on stdout; with --out the photos, captions and answers stay there, and a
-rerun goes on where it stopped.
+rerun goes on where it stopped. Each model has its own file of answers there.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from minigpt4_jax import errors
+from minigpt4_jax import errors, locate
 from minigpt4_jax.data.demo_texts import ONE_SENTENCE
 from minigpt4_jax.data.sources import TarShards
 from minigpt4_jax.errors import InputError
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(args.out or temporary)
         photos, captions = unpack(Path(args.data) / args.split, work, args.limit)
-        answers = work / "answers.jsonl"
+        answers = work / answers_name(args.checkpoint)
         command = [sys.executable, "-m", "minigpt4_jax.generate"]
         command += ["--checkpoint", args.checkpoint, "--images", str(photos)]
         command += ["--prompt", args.prompt, "--out", str(answers)]
@@ -40,6 +40,14 @@ def main(argv: list[str]) -> int:
         candidates, references = read_pairs(answers, captions)
     print(table(candidates, references))
     return 0
+
+
+def answers_name(checkpoint: str) -> str:
+    """answers-MODEL.jsonl; a work directory's name goes with a hash of its trainables."""
+    directory = locate.resolve(checkpoint).resolve()
+    trained = directory / locate.TRAINABLES
+    state = f"-{locate.sha256(trained)[:16]}" if trained.exists() else ""
+    return f"answers-{directory.name}{state}.jsonl"
 
 
 def unpack(shards: Path, work: Path, limit: int | None) -> tuple[Path, Path]:
