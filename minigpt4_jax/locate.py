@@ -7,6 +7,7 @@ a changed source, connector, preset or rule of the converter is another director
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,23 @@ def base_directory(path: str | Path) -> Path:
     if not (path / "preset.json").exists() and (path / "config.json").exists():
         run = read_json(path / "config.json")
         if "checkpoint" in run:
-            return base_directory(run["checkpoint"])
+            return base_directory(_found_again(Path(str(run["checkpoint"])), path))
     return path
+
+
+def _found_again(base: Path, workdir: Path) -> Path:
+    """The model that a run names, or its namesake in the cache folder of today."""
+    if base.is_dir():
+        return base
+    # A name with a fingerprint means the same model wherever it lies; no other does.
+    cached = cache_root() / base.name
+    if re.fullmatch(r".+-[0-9a-f]{16}", base.name) and cached.is_dir():
+        return cached
+    made = {demo_directory(ASSETS): DEMO, demo_directory(None): FROZEN}.get(cached)
+    advice = f"{COMMANDS[made]} makes it" if made else "put it back or convert it there"
+    raise CheckpointError(
+        f"{workdir} was trained with the model {base}, which is no directory; {advice}"
+    )
 
 
 def trainable_files(path: Path) -> list[Path]:

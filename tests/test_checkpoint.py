@@ -257,6 +257,32 @@ def test_a_work_directory_that_saved_nothing_yet_says_so(directory, tmp_path):
         checkpoint.load_model(workdir)
 
 
+def test_a_run_finds_its_model_in_another_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_JAX_CACHE", str(tmp_path / "new"))
+    fingerprinted = "any-model-0123456789abcdef"
+    run = work_directory(tmp_path / "run", tmp_path / "old" / fingerprinted, None)
+    (tmp_path / "new" / fingerprinted).mkdir(parents=True)
+    assert locate.base_directory(run) == tmp_path / "new" / fingerprinted
+    (tmp_path / "old" / fingerprinted).mkdir(parents=True)
+    assert locate.base_directory(run) == tmp_path / "old" / fingerprinted
+
+
+def test_a_run_whose_model_is_gone_says_which_and_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT4_JAX_CACHE", str(tmp_path / "new"))
+    frozen = locate.demo_directory(None).name
+    (tmp_path / "new/model").mkdir(parents=True)  # of this name may be any model
+    for name, advice in (
+        (frozen, "`python -m convert demo --no-connector` in a clone makes it"),
+        ("model", "put it back or convert it there"),
+        ("demo-frozen-0123456789abcdef", "put it back or convert it there"),
+    ):
+        run = work_directory(tmp_path / f"run of {name}", tmp_path / "old" / name, None)
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load_model(run)
+        assert f"the model {tmp_path}/old/{name}, which is no" in str(error.value)
+        assert str(error.value).endswith(advice)
+
+
 def test_trainables_overwrite_only_themselves(arrays, directory, tmp_path):
     params = {
         "projector/bias": jnp.arange(24.0),
