@@ -174,6 +174,11 @@ def _open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
     """Unread tensors of a model by path; a work directory's own ones win."""
     directory = base_directory(path)
     sizes = read_json(directory / "manifest.json").get("files", {})
+    if not isinstance(sizes, dict):
+        raise CheckpointError(
+            f"{directory}/manifest.json is damaged: files is {sizes!r}, want sizes by "
+            "name; convert again"
+        )
     for name, size in sizes.items():
         got = (directory / name).stat().st_size if (directory / name).exists() else None
         if got != size:
@@ -185,12 +190,12 @@ def _open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
     try:
         index = json.loads((directory / INDEX).read_text())
         names, found = index["weight_map"], index["metadata"].get("format", FORMAT)
-    except (OSError, ValueError, KeyError) as error:
+        shards = [directory / name for name in sorted(set(names.values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{directory}: {INDEX} is absent or damaged; convert again"
         ) from error
     check_format(directory / INDEX, found)
-    shards = [directory / name for name in sorted(set(names.values()))]
     stored = _open(shards, files)
     if set(names) != set(stored):
         raise CheckpointError(

@@ -173,6 +173,35 @@ def test_damaged_json_is_refused(directory):
         checkpoint.read_config(directory)
 
 
+@pytest.mark.parametrize(
+    "file, changes, words",
+    [
+        (
+            "preset.json",
+            {"vit": None},
+            "preset.json: preset.vit: got None, want an obj",
+        ),
+        (
+            "preset.json",
+            {"eos_ids": 2},
+            "preset.json: preset.eos_ids: got 2, want a li",
+        ),
+        ("manifest.json", {"files": 3}, "manifest.json is damaged: files is 3, want"),
+        (locate.INDEX, {"metadata": []}, "index.json is absent or damaged"),
+        (locate.INDEX, {"weight_map": []}, "index.json is absent or damaged"),
+        (locate.INDEX, {"weight_map": {"a": 3}}, "index.json is absent or damaged"),
+        (locate.INDEX, None, "index.json is absent or damaged"),
+    ],
+)
+def test_json_of_another_shape_is_refused(directory, file, changes, words):
+    if changes is None:
+        (directory / file).write_text("[]")
+    else:
+        edit(directory / file, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.load_model(directory)
+
+
 @pytest.mark.parametrize("file", ["preset.json", "manifest.json"])
 def test_a_newer_format_is_refused(directory, file):
     edit(directory / file, format=2)

@@ -1,5 +1,7 @@
 """Presets of sizes that cannot be built are refused, with the numbers."""
 
+import math
+
 import pytest
 
 from minigpt4_jax.errors import ConfigError
@@ -23,6 +25,26 @@ IMPOSSIBLE = {
     ),
     "llama: head_size=9 is odd": dict(llama=dict(head_size=9)),
     "patches_per_token=4 do not divide the 9 patches": dict(qformer=None),
+    "vit.eps: got '1e-6', want a number": dict(vit=dict(eps="1e-6")),
+    "vit.eps: got inf, want a number": dict(vit=dict(eps=math.inf)),
+    "llama.rope_theta: got -1, want a number above 0": dict(llama=dict(rope_theta=-1)),
+    "qformer.eps: got True, want a number": dict(qformer=dict(eps=True)),
+    "vit.k_bias: got 'no', want true or false": dict(vit=dict(k_bias="no")),
+    "vit.resize: got None, want a string": dict(vit=dict(resize=None)),
+    r"vit.mean: got \(0.5,\), want a list of 3, each a number": dict(
+        vit=dict(mean=[0.5])
+    ),
+    "vit.mean: got 0.5, want a list of 3": dict(vit=dict(mean=0.5)),
+    r"vit.mean: got \(0, 0, '0'\), want a list of 3": dict(vit=dict(mean=[0, 0, "0"])),
+    r"vit: std=\(1, 0, 1\); want numbers above 0": dict(vit=dict(std=[1, 0, 1])),
+    "preset.vit: got None, want an object": dict(vit=None),
+    "preset.llama: got 7, want an object": dict(llama=7),
+    "preset.qformer: got False, want an object": dict(qformer=False),
+    "preset.eos_ids: got 2, want a list, each a whole number": dict(eos_ids=2),
+    "preset.bos_id: got None, want a whole number": dict(bos_id=None),
+    "preset.patches_per_token: got '4', want": dict(patches_per_token="4"),
+    r"eos_ids=\(\); want at least one end": dict(eos_ids=[]),
+    r"eos_ids=\(265,\); want .* ids below 265": dict(eos_ids=[tiny.VOCABULARY]),
 }
 
 
@@ -30,6 +52,6 @@ IMPOSSIBLE = {
 def test_sizes_that_cannot_be_are_refused_with_their_numbers(sentence):
     values = tiny.CONFIG.to_dict()
     for part, change in IMPOSSIBLE[sentence].items():
-        values[part] = change and {**values[part], **change}
+        values[part] = values[part] | change if isinstance(change, dict) else change
     with pytest.raises(ConfigError, match=sentence):
         MiniGPT4Config.from_dict(values)

@@ -6,6 +6,7 @@ key/value head of grouped-query attention, M any width.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 
 import jax
@@ -15,20 +16,55 @@ from flax import nnx
 from minigpt4_jax.errors import ConfigError
 
 BRANCHES = 256  # a segment id is example * BRANCHES + branch
+KINDS = {  # of the fields of a preset, as someone who writes JSON calls them
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+}
+
+
+def check_kinds(name: str, cfg) -> None:
+    """Raise ConfigError for a field of a preset that is not of its type.
+
+    Fields that hold other presets are not looked at.
+    """
+    for field in dataclasses.fields(cfg):
+        value, kind = getattr(cfg, field.name), field.type
+        if typing.get_origin(kind) is tuple:
+            kind, *rest = typing.get_args(kind)
+            length = "" if ... in rest else f" of {1 + len(rest)}"
+            fits = isinstance(value, tuple) and all(_is(v, kind) for v in value)
+            fits = fits and (not length or len(value) == 1 + len(rest))
+            wanted = f"a list{length}, each {KINDS[kind]}"
+        elif kind in KINDS:
+            fits, wanted = _is(value, kind), KINDS[kind]
+        else:
+            continue
+        if not fits:
+            raise ConfigError(f"{name}.{field.name}: got {value!r}, want {wanted}")
+
+
+def _is(value, kind: type) -> bool:
+    """Whether JSON gave what was wanted: true is no number, infinity neither."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def check_sizes(name: str, cfg, *divides: tuple[str, str]) -> None:
     """Raise ConfigError unless a module of these sizes can be built.
 
     Args:
-        cfg: a dataclass; its int fields must be whole numbers from 1.
+        cfg: a dataclass; all fields must be of their types, and numbers above 0.
         divides: pairs of fields, of which the first must divide the second.
     """
+    check_kinds(name, cfg)
     for field in dataclasses.fields(cfg):
         size = getattr(cfg, field.name)
-        if field.type is int and (type(size) is not int or size < 1):
+        if field.type in (int, float) and size <= 0:
             raise ConfigError(
-                f"{name}.{field.name}: got {size!r}, want a whole number from 1"
+                f"{name}.{field.name}: got {size}, want {KINDS[field.type]} above 0"
             )
     for part, whole in divides:
         parts, size = getattr(cfg, part), getattr(cfg, whole)

@@ -17,6 +17,7 @@ from minigpt4_jax.models.layers import (
     DTypes,
     LayerNorm,
     Linear,
+    check_kinds,
 )
 from minigpt4_jax.models.llama import Cache, Llama, LlamaConfig
 from minigpt4_jax.models.qformer import QFormer, QFormerConfig
@@ -37,6 +38,13 @@ class MiniGPT4Config:
     patches_per_token: int = 4  # length of a strip, only without a Q-Former
 
     def __post_init__(self):
+        check_kinds("preset", self)
+        ids = (self.bos_id, *self.eos_ids)
+        if not self.eos_ids or min(ids) < 0 or max(ids) >= self.llama.vocab_size:
+            raise ConfigError(
+                f"preset {self.name!r}: bos_id={self.bos_id}, eos_ids={self.eos_ids}; "
+                f"want at least one end, and ids below {self.llama.vocab_size}"
+            )
         if self.qformer is None:
             patches, length = self.vit.num_patches - 1, self.patches_per_token
             if length < 1 or patches % length:
@@ -73,13 +81,15 @@ class MiniGPT4Config:
         """The reverse of `to_dict`; an unknown or absent key raises ConfigError."""
         parts = {"vit": ViTConfig, "qformer": QFormerConfig, "llama": LlamaConfig}
         values = dict(values)
-        for key, part in parts.items():
-            if values.get(key) is not None:
-                values[key] = _fill(part, values[key], f"preset.{key}")
+        for key in parts.keys() & values.keys():
+            if key != "qformer" or values[key] is not None:
+                values[key] = _fill(parts[key], values[key], f"preset.{key}")
         return _fill(cls, values, "preset")
 
 
-def _fill(cls, values: dict, where: str):
+def _fill(cls, values: object, where: str):
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: got {values!r}, want an object with its sizes")
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in known:

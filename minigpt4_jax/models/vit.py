@@ -55,6 +55,8 @@ class ViTConfig:
                 f"vit: image_size={self.image_size} is smaller than one patch of "
                 f"patch_size={self.patch_size}"
             )
+        if min(self.std) <= 0:
+            raise ConfigError(f"vit: std={self.std}; want numbers above 0")
 
     @property
     def grid(self) -> int:
