@@ -248,6 +248,28 @@ def test_a_preset_is_a_name_or_a_json_file(directory, tmp_path):
         checkpoint.read_preset(mine)
 
 
+def test_the_towers_of_a_json_preset_may_be_names(tmp_path):
+    mine = tmp_path / "mine.json"
+    values = dict(format=1, name="mine", template="vicuna_v0", bos_id=1, eos_ids=[2])
+    towers = dict(vit="eva_g", qformer="blip2", llama="vicuna_7b")
+    mine.write_text(json.dumps(values | towers))
+    config = checkpoint.read_preset(str(mine))
+    assert config == dataclasses.replace(PRESETS["minigpt4_vicuna_7b"], name="mine")
+    small = PRESETS["demo"].to_dict()["llama"]  # a name beside an object beside none
+    mine.write_text(json.dumps(values | towers | {"llama": small, "qformer": None}))
+    config = checkpoint.read_preset(mine)
+    assert (config.llama, config.qformer) == (PRESETS["demo"].llama, None)
+    for key, name, near in (
+        ("vit", "eva", "eva_g"),
+        ("qformer", "blip", "blip2"),
+        ("llama", "vicuna_7", "vicuna_7b"),
+    ):
+        mine.write_text(json.dumps(values | towers | {key: name}))
+        words = f"mine.json: unknown preset.{key} '{name}'; did you mean '{near}'"
+        with pytest.raises(ConfigError, match=words):
+            checkpoint.read_preset(mine)
+
+
 def test_a_preset_with_an_unknown_key_is_refused(directory):
     edit(directory / "preset.json", flavour="vanilla")
     with pytest.raises(CheckpointError, match="flavour"):

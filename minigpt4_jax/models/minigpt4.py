@@ -1,6 +1,7 @@
 """MiniGPT-4: ViT -> ln_vision -> Q-Former -> projector -> slots of a LLaMA prompt."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,12 @@ from minigpt4_jax.models.layers import (
 from minigpt4_jax.models.llama import Cache, Llama, LlamaConfig
 from minigpt4_jax.models.qformer import QFormer, QFormerConfig
 from minigpt4_jax.models.vit import ViT, ViTConfig
+
+TOWERS: dict[str, tuple[type, Mapping[str, Any]]] = {
+    "vit": (ViTConfig, vit_lib.PRESETS),
+    "qformer": (QFormerConfig, qformer_lib.PRESETS),
+    "llama": (LlamaConfig, llama_lib.PRESETS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +85,25 @@ class MiniGPT4Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "MiniGPT4Config":
-        """The reverse of `to_dict`; an unknown or absent key raises ConfigError."""
-        parts = {"vit": ViTConfig, "qformer": QFormerConfig, "llama": LlamaConfig}
+        """The reverse of `to_dict`; a tower may be the name of its preset, as "eva_g".
+
+        An unknown or absent key raises ConfigError.
+        """
         values = dict(values)
-        for key in parts.keys() & values.keys():
-            if key != "qformer" or values[key] is not None:
-                values[key] = _fill(parts[key], values[key], f"preset.{key}")
+        for key, (part, known) in TOWERS.items():
+            value = values.get(key)
+            if isinstance(value, str):
+                if value not in known:
+                    raise ConfigError(unknown(f"preset.{key}", value, known))
+                values[key] = known[value]
+            elif key in values and not (key == "qformer" and value is None):
+                values[key] = _fill(part, value, f"preset.{key}")
         return _fill(cls, values, "preset")
 
 
 def _fill(cls, values: object, where: str):
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: got {values!r}, want an object with its sizes")
+        raise ConfigError(f"{where}: got {values!r}, want an object with its keys")
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in known:
