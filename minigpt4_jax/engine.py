@@ -23,6 +23,7 @@ from minigpt4_jax.data.prompts import find_template, render
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
+from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.request import Event, Request, Usage
 
@@ -71,7 +72,7 @@ class Engine:
     """Holds a model and answers requests with it.
 
     Args:
-        model: its decoder's blocks are unstacked in place where that decodes faster.
+        model: a Llama's blocks are unstacked in place where that decodes faster.
         slots: rows decoded together, at most.
         chunk: tokens a row between two looks of the host; pieces come that often.
     """
@@ -82,11 +83,12 @@ class Engine:
         for name, value in (("batch_size", slots), ("chunk", chunk)):
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, want at least 1")
-        if jax.default_backend() == "cpu" and not isinstance(
-            model.llama.blocks, nnx.List
-        ):
-            # A scan copies each layer's weights at every token there.
-            model.llama.blocks = unstack(model.llama.blocks)
+        # Another decoder keeps its layers as it likes; ours has a stack or a list.
+        ours = isinstance(model.llama, Llama)
+        if ours and not isinstance(model.llama.blocks, nnx.List):
+            if jax.default_backend() == "cpu":
+                # A scan copies each layer's weights at every token there.
+                model.llama.blocks = unstack(model.llama.blocks)
         self.model = model
         self.cfg = model.cfg
         self.tokenizer = tokenizer

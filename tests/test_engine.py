@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from minigpt4_jax import engine as engine_lib
 from minigpt4_jax.engine import Engine, bucket
@@ -117,6 +118,34 @@ def test_an_end_token_ends_a_row_with_stop_and_is_no_text(engine):
     assert ended[0] == ids[:count]
     assert ended[1] == tokenizer.decode(ids[: count - 1]).strip()
     assert ended[2] == "stop"
+
+
+class Shell(nnx.Module):
+    """A decoder whose layers are not where Llama has them."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x_BTD, segments_BT, positions_BT, cache=None, capture=None):
+        return self.inner(x_BTD, segments_BT, positions_BT, cache, capture)
+
+    def embed(self, ids_BT):
+        return self.inner.embed(ids_BT)
+
+    def logits(self, hidden_BTD):
+        return self.inner.logits(hidden_BTD)
+
+    def new_cache(self, batch, places):
+        return self.inner.new_cache(batch, places)
+
+
+def test_a_decoder_of_another_build_answers_too(engine):
+    model = tiny.model()
+    model.llama = Shell(model.llama)
+    other = Engine(model, tiny.tokenizer(), slots=4, chunk=3)
+    assert not isinstance(model.llama.inner.blocks, nnx.List)
+    request = ask(QUESTIONS[0], tiny.image())
+    assert collect(other.submit([request])) == collect(engine.submit([request]))
 
 
 def test_the_last_event_tells_usage(engine):

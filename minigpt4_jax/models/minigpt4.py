@@ -163,8 +163,13 @@ class MiniGPT4(nnx.Module):
     """See, query, project, talk. A tower is replaced by passing another module.
 
     Args:
-        vit: any module that maps pixels_BHWC to patches_BPE (None: built from cfg).
-        qformer, llama: likewise; `qformer` maps patches_BPE to queries_BQD.
+        vit: None: built from cfg, as the other towers. Else any module called as
+            (pixels_BHWC, capture=None) that returns patches_BPE, E = cfg.vit.width.
+        qformer: called as (patches_BPE, capture=None), returns queries_BQD, Q and D as
+            in cfg.qformer.
+        llama: called as (x_BTD, segments_BT, positions_BT, cache=None, capture=None),
+            returns (hidden_BTD, cache); its methods embed(ids_BT), logits(hidden_BTD)
+            and, to generate, new_cache(batch, places) are those of Llama.
     """
 
     def __init__(
