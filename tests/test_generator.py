@@ -1,6 +1,7 @@
 """The Python interface: call, stream, chat, load."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
@@ -103,6 +104,13 @@ def test_a_model_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
         Generator.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="demo"):
         Generator.load("demmo")
+
+
+def test_a_run_of_a_newer_format_is_not_loaded(tmp_path):
+    run = {"format": 2, "checkpoint": str(tiny.save(tmp_path / "tiny"))}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(CheckpointError, match="config.json: got format 2.*update"):
+        Generator.load(tmp_path)
 
 
 def test_the_model_is_a_plain_module(gen):

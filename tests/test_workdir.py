@@ -64,6 +64,19 @@ def test_other_frozen_weights_at_the_same_place_are_refused(tmp_path, path):
         WorkDir(path, cfg, moved)
 
 
+def test_a_run_of_a_newer_format_is_not_resumed(frozen, path):
+    cfg = config(frozen)
+    run = WorkDir(path, cfg, frozen)
+    run.save(1, state(1))
+    run.close()
+    file = path / "config.json"
+    newer = json.dumps(json.loads(file.read_text()) | {"format": 2})
+    file.write_text(newer)
+    with pytest.raises(CheckpointError, match="config.json: got format 2.*update"):
+        WorkDir(path, cfg, frozen)
+    assert file.read_text() == newer
+
+
 def test_a_state_comes_back_as_it_was_saved(frozen, path):
     cfg = config(frozen)
     run = WorkDir(path, cfg, frozen)
