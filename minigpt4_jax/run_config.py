@@ -41,6 +41,10 @@ def check(cfg) -> None:
         raise ConfigError(unknown("config.loss", cfg.loss, LOSSES))
     optim = cfg.optim
     for holds, text in (
+        (
+            bool(cfg.trainable),
+            f"trainable={cfg.trainable}; want at least one pattern, or nothing is trained",
+        ),
         (cfg.batch_size >= 1, f"batch_size={cfg.batch_size}; want at least 1"),
         (
             0 <= optim.warmup_steps < optim.total_steps,

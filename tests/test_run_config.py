@@ -25,6 +25,7 @@ def test_the_configs_that_are_shipped_pass(name):
         ),
         ("optim__peak_rl", 1.0, "config.optim 'peak_rl'; did you mean 'peak_lr'"),
         ("loss", "caption", "config.loss 'caption'; did you mean 'captions'"),
+        ("trainable", (), "trainable=(); want at least one pattern"),
         ("batch_size", 0, "batch_size=0; want at least 1"),
         ("save_every", 0, "save_every=0"),
         ("optim__warmup_steps", 8, "total_steps=8; the warmup must end before"),
