@@ -7,6 +7,7 @@ to stderr. Knobs: configs/chat.py; the first answer and that to --prompt are gre
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     args = flags.FLAGS
     if argv[1:]:
         raise errors.InputError(f"chat takes flags only, got {argv[1]!r}")
-    source = args.image or PHOTO
+    source = os.path.expanduser(args.image or PHOTO)
     image = read_image(source)  # before the model: a wrong name should not cost a load
     cfg = given_config("chat")
     sampling = Sampling(**{name: cfg[name] for name in SAMPLING})
@@ -79,7 +80,8 @@ def converse(chat: Chat, image) -> None:
                 show = image
                 logger.info("Forgotten; the photo is shown again.")
             elif command == "/image":
-                show = image = read_image(argument.strip().strip("'\""))
+                file = os.path.expanduser(argument.strip().strip("'\""))
+                show = image = read_image(file)
                 logger.info("Shown with your next question.")
             elif command.startswith("/"):
                 logger.info(HELP)

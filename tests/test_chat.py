@@ -111,14 +111,26 @@ def test_a_prompt_gets_one_answer_with_the_words_alone_on_stdout(arguments):
 
 def test_an_image_that_is_not_there_is_one_sentence_and_exit_code_2(arguments):
     result = subprocess.run(
-        [*arguments[:-1], "--image=gone.jpg"],
+        [*arguments[:-1], "--image=~/gone.jpg"],
         cwd=ROOT,
+        env=os.environ | {"HOME": "/of/the/user"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 2
-    assert "gone.jpg" in result.stderr and "Traceback" not in result.stderr
+    assert "/of/the/user/gone.jpg" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("typed", ["~/b.png", "'~/b.png'"])
+def test_a_tilde_in_a_chat_is_the_users_home(monkeypatch, tmp_path, typed):
+    PIL.Image.fromarray(tiny.image(1)).save(tmp_path / "b.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines, shown = iter([f"/image {typed}", "Hm?", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(chat, "say", lambda _, text, image: shown.append(image))
+    chat.converse(None, None)
+    assert (shown[0] == tiny.image(1)).all()
 
 
 def test_speed_leaves_the_first_token_out_of_the_rate():
