@@ -1,5 +1,7 @@
 """python -m convert COMMAND: writes model directories; `--help` after a command.
 
+model       a MiniGPT-4 from published files
+vicuna      base LLaMA + delta as a Hugging Face folder
 demo        the demo model, from two installed packages and the shipped connector
 connector   the files that ship, from a work directory
 """
@@ -11,7 +13,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 
-COMMANDS = ("connector", "demo")
+COMMANDS = ("connector", "demo", "model", "vicuna")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ FILES = (
     "llama.py",
     "onnx_files.py",
     "rules.py",
+    "tensors.py",
     "tokenizers.py",
     "vit.py",
 )

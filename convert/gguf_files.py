@@ -1,7 +1,6 @@
 """Tensors and numbers of a GGUF file, dequantised to float32 one at a time."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,18 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from convert.tensors import Tensor
 from minigpt4_jax.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor that is read when it becomes an array."""
+def _tensor(stored: Any) -> Tensor:
+    shape = tuple(int(size) for size in reversed(stored.shape))
 
-    stored: Any
+    def values() -> np.ndarray:
+        array = dequantize(stored.data, stored.tensor_type)
+        return array.reshape(shape).astype(np.float32, copy=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self.stored.shape))
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        values = dequantize(self.stored.data, self.stored.tensor_type)
-        return values.reshape(self.shape).astype(dtype or np.float32, copy=False)
+    return Tensor(shape, np.dtype(np.float32), values)
 
 
 class GGUFFile(Mapping):
@@ -37,10 +32,10 @@ class GGUFFile(Mapping):
             raise CheckpointError(
                 f"{path} is not a readable GGUF file: {error}"
             ) from error
-        self._tensors = {tensor.name: _Tensor(tensor) for tensor in reader.tensors}
+        self._tensors = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
         self.metadata = _Metadata(reader)
 
-    def __getitem__(self, name: str) -> _Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -7,7 +7,7 @@ that lists everything. Names and shapes are checked before a single value is rea
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,26 +73,43 @@ class Fill:
     def stacked(self) -> bool:
         return None not in self.names
 
-    def make(self, source: Mapping[str, Any]) -> np.ndarray:
-        """Reads this parameter's tensors from the source; nothing else is read."""
-        if not self.stacked:
-            return self._layer(source[self.names[None]], self.shape)
-        layers = [source[self.names[number]] for number in sorted(self.names)]
-        first = self._layer(layers[0], self.shape[1:])
-        stacked = np.empty(self.shape, first.dtype)
-        stacked[0] = first
-        for index, tensor in enumerate(layers[1:], start=1):
-            layer = self._layer(tensor, self.shape[1:])
-            if layer.dtype != first.dtype:
-                raise CheckpointError(
-                    f"{self.path}: layer {index} is {layer.dtype} but layer 0 is "
-                    f"{first.dtype}; the source mixes dtypes inside one parameter"
-                )
-            stacked[index] = layer
-        return stacked
+    @property
+    def sources(self) -> list[str]:
+        """Names of the source's tensors, in the order of layers."""
+        return [self.names[number] for number in sorted(self.names, key=_first_none)]
 
-    def _layer(self, tensor: Any, shape: Shape) -> np.ndarray:
-        return np.ascontiguousarray(self.layout.convert(np.asarray(tensor), shape))
+    def pieces(self, source: Mapping[str, Any]) -> Iterator[np.ndarray]:
+        """The parameter, layer by layer if it is stacked; nothing else is read."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        for name in self.sources:
+            array = self.layout.convert(np.asarray(source[name]), shape)
+            yield np.ascontiguousarray(array)
+
+    def make(self, source: Mapping[str, Any]) -> np.ndarray:
+        """The whole parameter, in the source's dtype."""
+        if not self.stacked:
+            return next(self.pieces(source))
+        made = None
+        for index, layer in enumerate(self.pieces(source)):
+            if made is None:
+                made = np.empty(self.shape, layer.dtype)
+            if layer.dtype != made.dtype:
+                raise mixed(self.path, index, layer.dtype, made.dtype)
+            made[index] = layer
+        assert made is not None
+        return made
+
+
+def _first_none(number: int | None) -> int:
+    return -1 if number is None else number
+
+
+def mixed(path: str, index: int, dtype: Any, first: Any) -> CheckpointError:
+    """The error for layers of one parameter that are stored in different dtypes."""
+    return CheckpointError(
+        f"{path}: layer {index} is {dtype} but layer 0 is {first}; the source mixes "
+        "dtypes inside one parameter (choose one: --dtype)"
+    )
 
 
 def apply(
@@ -141,6 +158,17 @@ def plan(
             f"right file for this preset?):\n  {listed}"
         )
     return [fills[path] for path in wanted]
+
+
+def dropped(rules: Iterable[Rule | Drop], names: Iterable[str]) -> dict[str, str]:
+    """Names of a source that a table leaves out, with the reason."""
+    rules = tuple(rules)
+    reasons = {}
+    for name in names:
+        first = next((rule for rule in rules if _match(rule, name)), None)
+        if isinstance(first, Drop):
+            reasons[name] = first.reason
+    return reasons
 
 
 def _match(rule: Rule | Drop, name: str) -> re.Match[str] | None:
@@ -193,17 +221,32 @@ def _check_layers(fill: Fill) -> list[str]:
 
 # Layouts. Torch stores a linear layer as [out, in], we as [in, out].
 
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """A contiguous copy of array.T, a cache line of it at a time.
+
+    Numpy's own copy goes along one side only and takes 30 times longer for 4096 x 11008.
+    """
+    out = np.empty(array.shape[::-1], array.dtype)
+    line = max(1, 64 // array.dtype.itemsize)
+    for start in range(0, array.shape[0], line):
+        out[:, start : start + line] = array[start : start + line].T
+    return out
+
+
 KEEP = Layout("keep", lambda want: want, lambda array, want: array)
-TRANSPOSE = Layout("transpose", lambda want: want[::-1], lambda array, want: array.T)
+TRANSPOSE = Layout(
+    "transpose", lambda want: want[::-1], lambda array, want: transposed(array)
+)
 SPLIT_HEADS = Layout(  # [N*K, D] -> [D, N, K]
     "split heads",
     lambda want: (math.prod(want[1:]), want[0]),
-    lambda array, want: array.T.reshape(want),
+    lambda array, want: transposed(array).reshape(want),
 )
 JOIN_HEADS = Layout(  # [D, N*K] -> [N, K, D]
     "join heads",
     lambda want: (want[-1], math.prod(want[:-1])),
-    lambda array, want: array.T.reshape(want),
+    lambda array, want: transposed(array).reshape(want),
 )
 FLAT = Layout(  # [N*K] -> [N, K]
     "split bias",

@@ -1,20 +1,23 @@
 """Weights onto disk: converted directories and trainables, each whole or not there.
 
-Arrays by parameter path in, the files that checkpoint.py reads out.
+Arrays by parameter path in, the files that checkpoint.py reads out. An array may be
+`Streamed`: then no more than a piece of it is in memory.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from minigpt4_jax.errors import CheckpointError
 from minigpt4_jax.locate import FORMAT, INDEX, TRAINABLES
@@ -23,31 +26,58 @@ from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 * 10**9
+DTYPES = {  # numpy's names -> those of the safetensors format
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+}
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An array that is made while it is written.
+
+    pieces: its consecutive parts along the first axis, contiguous, of its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+Arrays = Mapping[str, np.ndarray | Streamed]
 
 
 def save_directory(
     path: str | Path,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Arrays,
     config: MiniGPT4Config,
     tokenizer_files: Mapping[str, bytes],
-    manifest: Mapping[str, Any],
+    manifest: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
     """Writes a converted directory that appears under its name only when it is whole.
 
     Args:
         path: must not exist; if another process made it meanwhile, that one stays.
         arrays: parameters by path, in the dtypes to be stored.
-        manifest: what the caller knows of the sources; sizes and counts are added.
+        manifest: what the caller knows of the sources, or a function that returns it
+            when the weights are written; sizes and counts are added.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    need, free = _bytes(arrays), shutil.disk_usage(path.parent).free
-    if free < need + 2**20:
-        raise CheckpointError(
-            f"{path}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
-            "room or name another place"
-        )
-    with _whole(path) as folder:
+    need = _bytes(arrays)
+    check_room(path, need)
+    with whole(path) as folder:
         weight_map = write_shards(folder, arrays, "model", SHARD_BYTES)
         about = {"format": FORMAT, "total_size": need}
         index = {"metadata": about, "weight_map": weight_map}
@@ -58,12 +88,23 @@ def save_directory(
             _write(folder / name, data)
         written = {
             "format": FORMAT,
-            **manifest,
+            **(manifest() if callable(manifest) else manifest),
             "parameters": sum(array.size for array in arrays.values()),
             "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
             "files": {f.name: f.stat().st_size for f in sorted(folder.glob("model-*"))},
         }
         _write(folder / "manifest.json", _json(written))
+
+
+def check_room(path: Path, need: int) -> None:
+    """Raise CheckpointError unless `need` bytes fit beside `path`; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < need + 2**20:
+        raise CheckpointError(
+            f"{path}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
+            "room or name another place"
+        )
 
 
 def save_trainables(workdir: str | Path, params: Mapping[str, Any]) -> None:
@@ -72,20 +113,59 @@ def save_trainables(workdir: str | Path, params: Mapping[str, Any]) -> None:
     write_safetensors(Path(workdir) / TRAINABLES, arrays)
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """One file that replaces the one before only when it is whole and on disk."""
+def write_safetensors(
+    path: Path,
+    arrays: Arrays,
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """One file that replaces the one before only when it is whole and on disk.
+
+    The format is written here, since its library wants every array whole in memory.
+
+    Args:
+        metadata: strings for its header; default our format's number.
+        advance: is told of bytes as they are written.
+    """
+    # Wide dtypes first, so that every array starts at a multiple of its width.
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": str(FORMAT)}}
+    end = 0
+    for name in names:
+        start, end = end, end + arrays[name].nbytes
+        header[name] = {
+            "dtype": DTYPES[str(arrays[name].dtype)],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     part = path.with_name(f".{path.name}.part")
-    part.touch()
-    mode = part.stat().st_mode
-    save_file(dict(arrays), part, metadata={"format": str(FORMAT)})
-    part.chmod(mode)  # safetensors makes files private; the umask decides
+    with open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            written = 0
+            for piece in _pieces(arrays[name]):
+                assert piece.dtype == arrays[name].dtype, name
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                written += piece.nbytes
+                advance(piece.nbytes)
+            assert written == arrays[name].nbytes, name
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
 
 
+def _pieces(array: np.ndarray | Streamed) -> Iterable[np.ndarray]:
+    return array.pieces() if isinstance(array, Streamed) else [array]
+
+
 def write_shards(
-    folder: Path, arrays: Mapping[str, np.ndarray], name: str, limit: int
+    folder: Path,
+    arrays: Arrays,
+    name: str,
+    limit: int,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Files `name-00001-of-0000N.safetensors` of about `limit` bytes; file by path."""
     shards: list[list[str]] = []
@@ -97,15 +177,18 @@ def write_shards(
         shards[-1].append(path)
         size += arrays[path].nbytes
     weight_map = {}
-    for number, paths in enumerate(shards, start=1):
-        file = f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {path: arrays[path] for path in paths})
-        weight_map |= dict.fromkeys(paths, file)
+    total = dict(total=_bytes(arrays), unit="B", unit_scale=True, disable=None)
+    with tqdm(desc="writing", **total) as bar:
+        for number, paths in enumerate(shards, start=1):
+            file = f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
+            one = {path: arrays[path] for path in paths}
+            write_safetensors(folder / file, one, metadata, bar.update)
+            weight_map |= dict.fromkeys(paths, file)
     return weight_map
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A folder beside `path` that is renamed to it at the end, or removed."""
     ours = f"{socket.gethostname()}-{os.getpid()}"
     _remove_leftovers(path)
@@ -160,5 +243,5 @@ def _json(values: Any) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _bytes(arrays: Mapping[str, np.ndarray]) -> int:
+def _bytes(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays.values())

@@ -1,0 +1,127 @@
+"""Which parts go together: the preset of a conversion, and mismatches in words."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.variants import V0_VOCABULARY, Part
+from minigpt4_jax import checkpoint, locate
+from minigpt4_jax.errors import CheckpointError
+from minigpt4_jax.models.minigpt4 import MiniGPT4Config
+
+logger = logging.getLogger(__name__)
+
+TOWERS = ("vit", "qformer", "llama")
+# Not told by a shape: what config.json says of them wins over the preset.
+FROM_FILE = ("eps", "rope_theta", "max_positions")
+FILES = {
+    "minigpt4_vicuna_7b": "prerained_minigpt4_7b.pth (so spelt)",
+    "minigpt4_vicuna_13b": "pretrained_minigpt4.pth",
+    "minigpt4_llama2_7b": "pretrained_minigpt4_llama2_7b.pth",
+}
+
+
+def settle(preset: str, parts: Mapping[str, Part]) -> MiniGPT4Config:
+    """The preset of that name or JSON file, completed by what the parts tell.
+
+    A JSON file may leave out any size that a file of weights tells.
+
+    Raises:
+        CheckpointError: listing every way in which the parts do not fit it.
+    """
+    config = _complete(preset, parts)
+    problems = mismatches(config, parts)
+    if problems:
+        raise CheckpointError(
+            f"preset {config.name!r} cannot be made of these files:\n  "
+            + "\n  ".join(problems)
+        )
+    found = parts["llama"].sizes
+    ours = dataclasses.asdict(config.llama)
+    differ = {k: found[k] for k in FROM_FILE if k in found and found[k] != ours[k]}
+    if differ:
+        logger.info("the decoder's config.json wins over the preset: %s", differ)
+    llama = dataclasses.replace(config.llama, **differ)
+    return dataclasses.replace(config, llama=llama)
+
+
+def _complete(preset: str, parts: Mapping[str, Part]) -> MiniGPT4Config:
+    path = Path(preset)
+    if path.suffix != ".json" or not path.is_file():
+        return checkpoint.read_preset(preset)
+    values = locate.read_json(path)
+    for tower in TOWERS:
+        if isinstance(values.get(tower), dict) and tower in parts:
+            values[tower] = {**parts[tower].sizes, **values[tower]}
+    return MiniGPT4Config.from_dict(values)
+
+
+def mismatches(config: MiniGPT4Config, parts: Mapping[str, Part]) -> list[str]:
+    """What does not fit, each with what to do; [] when all fits."""
+    problems = [note for part in parts.values() for note in part.notes]
+    if "vit" in parts:
+        problems += _vit(config, parts["vit"])
+    if "qformer" in parts:
+        if config.qformer is None:
+            problems.append(
+                f"{parts['qformer'].says}: {config.name} has none; leave --qformer out"
+            )
+        else:
+            problems += _sizes("qformer", config.qformer, parts["qformer"])
+    if "llama" in parts:
+        problems += _llama(config, parts["llama"])
+    if "projector" in parts:
+        problems += _projector(config, parts["projector"])
+    return problems
+
+
+def _vit(config: MiniGPT4Config, part: Part) -> list[str]:
+    got, want = part.sizes["image_size"], config.vit.image_size
+    if got > want:
+        return [
+            f"{part.says}, under a preset of {want} px: that tower belongs to MiniGPT-v2;"
+            f" give the one of {want} px, or a preset with image_size {got}"
+        ]
+    # A smaller one is resized, as the reference does for 448 px.
+    return _sizes("vit", config.vit, part, leave=("image_size",))
+
+
+def _llama(config: MiniGPT4Config, part: Part) -> list[str]:
+    if part.delta:
+        return [
+            f"{part.says}, which is a difference and no model: give the LLaMA it belongs "
+            "to as --llm, and this as --delta"
+        ]
+    want, got = config.llama.vocab_size, part.sizes["vocab_size"]
+    if part.sizes["width"] == config.llama.width and got == 32_000 != want:
+        if want == V0_VOCABULARY:
+            return [
+                f"{part.says}: {got} rows, want the {want} of Vicuna v0. LLaMA needs the "
+                "v0 delta (--delta); v1.1 answers another template, and projectors were "
+                "not trained with it"
+            ]
+    return _sizes("llama", config.llama, part, leave=FROM_FILE)
+
+
+def _projector(config: MiniGPT4Config, part: Part) -> list[str]:
+    got = part.sizes["projector_width"], part.sizes["width"]
+    want = config.projector_width, config.llama.width
+    if got == want:
+        return []
+    file = FILES.get(config.name)
+    advice = f"; its own file is called {file}" if file else ""
+    return [
+        f"{part.says}, under {config.name}, which has {want[0]} -> {want[1]}{advice}"
+    ]
+
+
+def _sizes(tower: str, config: Any, part: Part, leave=()) -> list[str]:
+    ours = dataclasses.asdict(config)
+    differ = [
+        f"{name} {got}, want {ours[name]}"
+        for name, got in part.sizes.items()
+        if name not in leave and name in ours and got != ours[name]
+    ]
+    return [f"{part.says}: {tower} has {'; '.join(differ)}"] if differ else []

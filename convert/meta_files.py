@@ -1,0 +1,112 @@
+"""Meta's LLaMA folders (`consolidated.NN.pth`, params.json) under Hugging Face's names.
+
+A model-parallel shard holds a slice of most matrices; they are joined when read, and
+the rows of q and k are put from interleaved rotary pairs into halves.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from convert import torch_files
+from convert.sources import Source, json_file
+from convert.tensors import Tensor
+from minigpt4_jax.errors import CheckpointError
+
+# Meta's name, Hugging Face's, axis along which shards are joined (None: all the same).
+NAMES = (
+    (r"tok_embeddings\.weight", "model.embed_tokens.weight", 1),
+    (r"layers\.(\d+)\.attention\.wq\.weight", "self_attn.q_proj", 0),
+    (r"layers\.(\d+)\.attention\.wk\.weight", "self_attn.k_proj", 0),
+    (r"layers\.(\d+)\.attention\.wv\.weight", "self_attn.v_proj", 0),
+    (r"layers\.(\d+)\.attention\.wo\.weight", "self_attn.o_proj", 1),
+    (r"layers\.(\d+)\.feed_forward\.w1\.weight", "mlp.gate_proj", 0),
+    (r"layers\.(\d+)\.feed_forward\.w3\.weight", "mlp.up_proj", 0),
+    (r"layers\.(\d+)\.feed_forward\.w2\.weight", "mlp.down_proj", 1),
+    (r"layers\.(\d+)\.attention_norm\.weight", "input_layernorm", None),
+    (r"layers\.(\d+)\.ffn_norm\.weight", "post_attention_layernorm", None),
+    (r"norm\.weight", "model.norm.weight", None),
+    (r"output\.weight", "lm_head.weight", 0),
+    (r"rope\.freqs", "model.rotary_emb.inv_freq", None),
+)
+
+
+def read(path: Path) -> Source:
+    """A Meta folder as a source with Hugging Face's names and config."""
+    files = sorted(path.glob("consolidated.*.pth"))
+    numbers = [int(file.name.split(".")[1]) for file in files]
+    if numbers != list(range(len(files))):
+        raise CheckpointError(
+            f"{path}: shards {numbers} are there, want 0 to {max(numbers)}; fetch the "
+            "others"
+        )
+    if not (path / "params.json").exists():
+        raise CheckpointError(f"{path}: params.json is absent; it says the sizes")
+    params = json_file(path / "params.json")
+    shards = [torch_files.read(file) for file in files]
+    absent = set().union(*shards) - set.intersection(*map(set, shards))
+    if absent:
+        raise CheckpointError(
+            f"{path}: {len(absent)} tensors are not in every shard ({min(absent)}, ...); "
+            "are the shards of one model?"
+        )
+    heads = int(params["n_heads"])
+    turned = {
+        "self_attn.q_proj": heads,
+        "self_attn.k_proj": int(params.get("n_kv_heads") or heads),
+    }
+    tensors = {}
+    for name in shards[0]:
+        theirs, axis = _name(name)
+        rotary = next((n for part, n in turned.items() if part in theirs), None)
+        parts = [shard[name] for shard in shards]
+        tensors[theirs] = _joined(parts, axis, rotary)
+    return Source(path, tensors, files, _config(params, tensors))
+
+
+def _name(name: str) -> tuple[str, int | None]:
+    for pattern, theirs, axis in NAMES:
+        if hit := re.fullmatch(pattern, name):
+            if hit.re.groups:
+                theirs = f"model.layers.{hit.group(1)}.{theirs}.weight"
+            return theirs, axis
+    return name, None  # no rule of the table knows it, and its error will list it
+
+
+def _joined(parts: list[Tensor], axis: int | None, heads: int | None) -> Tensor:
+    first = parts[0]
+    shape = list(first.shape)
+    if axis is not None:
+        shape[axis] = sum(part.shape[axis] for part in parts)
+
+    def values() -> np.ndarray:
+        if axis is None or len(parts) == 1:
+            array = np.asarray(first)
+        else:
+            array = np.concatenate([np.asarray(part) for part in parts], axis=axis)
+        return array if heads is None else halves(array, heads)
+
+    return Tensor(tuple(shape), first.dtype, values)
+
+
+def halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (2i, 2i+1) of each head -> (i, i + K/2), as Hugging Face's rotary wants."""
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _config(params: dict, tensors: dict[str, Tensor]) -> dict:
+    """What config.json would say; sizes that params.json leaves open, by shape."""
+    heads = int(params["n_heads"])
+    gate = tensors.get("model.layers.0.mlp.gate_proj.weight")
+    return {
+        "model_type": "llama",
+        "hidden_size": int(params["dim"]),
+        "num_hidden_layers": int(params["n_layers"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(params.get("n_kv_heads") or heads),
+        "intermediate_size": gate.shape[0] if gate else None,
+        "rms_norm_eps": float(params["norm_eps"]),
+        "rope_theta": float(params.get("rope_theta") or 10_000.0),
+    }

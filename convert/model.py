@@ -1,0 +1,301 @@
+"""python -m convert model --preset NAME --vit F --qformer F --llm DIR --projector F --out DIR
+
+Published files of any of the presets -> a directory that `Generator.load` and the
+trainer take. Nothing is written before every name and shape fits; what is written is
+streamed, tensor by tensor, and appears under its name when it is whole.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from convert import fit, hashes, parts, sources, variants, vicuna, vit
+from convert.rules import Fill, dropped, mixed, plan
+from convert.sources import Source
+from convert.tensors import Tensor
+from minigpt4_jax import checkpoint, locate, storage
+from minigpt4_jax.errors import CheckpointError, InputError
+from minigpt4_jax.models.minigpt4 import MiniGPT4Config
+from minigpt4_jax.storage import Streamed
+
+logger = logging.getLogger(__name__)
+
+KEEP = "keep"
+DTYPES = (KEEP, "bfloat16", "float32")
+# Small and trained in float32; a 16-bit copy of them saves nothing.
+ALWAYS_FLOAT32 = r"projector/.*|(.*/)?(\w*norm\d?|ln_vision)/(scale|bias)"
+POSITIONS = r"(visual_encoder\.|vision_model\.embeddings\.|backbone\.embeddings\.)?"
+POSITIONS += r"(pos_embed|position_embeddings?)"
+
+
+def define_flags() -> None:
+    """The flags of `convert model`."""
+    flags.DEFINE_string("preset", None, "Name of a preset, or a JSON file of one.")
+    flags.DEFINE_string("vit", None, "eva_vit_g.pth, or a BLIP-2 file or folder.")
+    flags.DEFINE_string("qformer", None, "A BLIP-2 file of LAVIS, or its HF folder.")
+    flags.DEFINE_string("llm", None, "LLaMA: HF folder, Meta's folder, or a .gguf.")
+    flags.DEFINE_string("delta", None, "Vicuna's delta, to be added to --llm.")
+    flags.DEFINE_string("projector", None, "A MiniGPT-4 checkpoint.")
+    flags.DEFINE_string("out", None, "Directory to write; must not exist.")
+    flags.DEFINE_enum("dtype", KEEP, DTYPES, "Of weights; keep: as in their files.")
+    flags.DEFINE_bool("report", False, "Print which tensor became what; write nothing.")
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags and convert."""
+    args = flags.FLAGS
+    if argv[1:]:
+        raise InputError(f"convert model takes flags only, got {argv[1]!r}")
+    given = {
+        "vit": args.vit,
+        "qformer": args.qformer,
+        "llama": args.llm,
+        "projector": args.projector,
+    }
+    if not args.preset or not (args.out or args.report):
+        raise InputError("convert model needs --preset, and --out or --report")
+    made = prepare(args.preset, given, args.delta, args.dtype)
+    if args.report:
+        print("\n".join(made.report()))
+        return
+    print(made.write(Path(args.out)))
+
+
+@dataclass
+class Conversion:
+    """A model that is ready to be written: all of it fits, and nothing is read yet."""
+
+    config: MiniGPT4Config
+    fills: dict[str, tuple[str, Fill]]  # by path: the part it comes from, and how
+    files: dict[str, Source]  # by part
+    dtype: str
+    folders: tuple[Path, ...]  # where a tokenizer may lie
+
+    def arrays(self) -> dict[str, Streamed]:
+        """Every parameter by path."""
+        made = {}
+        for path, shape in checkpoint.parameter_shapes(self.config).items():
+            if path in self.fills:
+                part, fill = self.fills[path]
+                made[path] = _stream(fill, self.files[part], self.dtype)
+            else:
+                value = np.full(shape, path.endswith("/scale"), np.float32)
+                made[path] = Streamed(shape, value.dtype, lambda value=value: [value])
+        return made
+
+    def write(self, out: Path) -> Path:
+        """The directory, which must not exist; files are hashed and checked beside."""
+        if out.exists():
+            raise InputError(f"--out: {out} exists; name another, or remove it")
+        arrays = self.arrays()
+        tokenizer = {
+            file.name: file.read_bytes()
+            for file in vicuna.tokenizer_files(*self.folders)
+        }
+        # One thread: reading is what takes the time, and two would read in turns.
+        with ThreadPoolExecutor(1) as pool:
+            sums = {
+                (part, file): pool.submit(hashes.sha256, file)
+                for part, source in self.files.items()
+                for file in source.files
+            }
+            try:
+                storage.save_directory(
+                    out, arrays, self.config, tokenizer, lambda: self._manifest(sums)
+                )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return out
+
+    def report(self) -> list[str]:
+        """A line for each parameter, and one for each tensor that is left out."""
+        lines = []
+        for path, array in self.arrays().items():
+            start = f"{path} {list(array.shape)} {array.dtype} <- "
+            if path not in self.fills:
+                lines.append(f"{start}nothing: ones and zeros, as the reference has it")
+                continue
+            part, fill = self.fills[path]
+            first, count = fill.sources[0], len(fill.sources)
+            more = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"{start}{part}: {first}{more} ({fill.layout.name})")
+        for part, reasons in self._dropped().items():
+            lines += [f"{part}: {n} left out: {why}" for n, why in reasons.items()]
+        return lines
+
+    def _dropped(self) -> dict[str, dict[str, str]]:
+        return {
+            part: dropped(parts.tables(part, source), source)
+            for part, source in self.files.items()
+        }
+
+    def _manifest(self, sums: Mapping) -> dict[str, Any]:
+        listed = [
+            {
+                "part": part,
+                "file": file.name,
+                "bytes": file.stat().st_size,
+                "sha256": future.result(),
+            }
+            for (part, file), future in sums.items()
+        ]
+        rules = {"format": locate.FORMAT, "dtype": self.dtype}
+        decides = [self.config.to_dict(), [s["sha256"] for s in listed], rules]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+        versions = ("minigpt4-jax", "jax", "numpy", "safetensors", "torch")
+        return {
+            "fingerprint": digest.hexdigest()[:16],
+            "sources": listed,
+            "dtype": self.dtype,
+            "source_dtypes": {
+                path: str(self.files[part][fill.sources[0]].dtype)
+                for path, (part, fill) in self.fills.items()
+            },
+            "left_out": {
+                part: dict(sorted(_counts(reasons).items()))
+                for part, reasons in self._dropped().items()
+            },
+            "versions": {name: v for name in versions if (v := _version(name))},
+        }
+
+
+def prepare(
+    preset: str,
+    given: Mapping[str, str | Path | None],
+    delta: str | Path | None = None,
+    dtype: str = KEEP,
+) -> Conversion:
+    """Opens the files and checks that they make the preset; reads hardly a value.
+
+    Args:
+        given: a path for each of variants.PARTS; None for a Q-Former that is not there.
+
+    Raises:
+        CheckpointError: a file is damaged or another one than it should be; says which.
+    """
+    files = {part: sources.read(path) for part, path in given.items() if path}
+    folders = [Path(given["llama"])] if given.get("llama") else []
+    if delta is not None and folders:
+        files["llama"] = vicuna.added(files["llama"], sources.read(delta))
+        folders.insert(0, Path(delta))
+    found = {part: variants.find(source, part) for part, source in files.items()}
+    config = fit.settle(preset, found)
+    needed = [*variants.PARTS]
+    if config.qformer is None:
+        needed.remove("qformer")
+    absent = [f"--{'llm' if p == 'llama' else p}" for p in needed if p not in files]
+    if absent:
+        raise InputError(f"preset {config.name!r} needs {', '.join(absent)} too")
+    files["vit"] = _at_grid(files["vit"], config.vit.grid)
+
+    shapes = checkpoint.parameter_shapes(config)
+    fills: dict[str, tuple[str, Fill]] = {}
+    # The reference's order of loading: what comes later wins.
+    for part in needed:
+        rooms = parts.rooms(part, files[part])
+        wanted = {k: s for k, s in shapes.items() if k.partition("/")[0] in rooms}
+        try:
+            planned = plan(parts.tables(part, files[part]), files[part], wanted)
+        except CheckpointError as error:
+            raise CheckpointError(f"{files[part].path}: {error}") from error
+        fills |= {fill.path: (part, fill) for fill in planned}
+    left = [
+        path
+        for path in shapes
+        if path not in fills and not path.startswith("ln_vision/")
+    ]
+    assert not left, left  # every room above is filled whole, or `plan` raised
+    return Conversion(config, fills, files, dtype, tuple(folders))
+
+
+def _stream(fill: Fill, source: Source, dtype: str) -> Streamed:
+    """A parameter as it is stored: cast, checked, one layer at a time."""
+    kinds = [np.dtype(source[name].dtype) for name in fill.sources]
+    for name, kind in zip(fill.sources, kinds):
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise CheckpointError(f"{source.path}: {name} is {kind}; want floats")
+    if re.fullmatch(ALWAYS_FLOAT32, fill.path):
+        stored = np.dtype(np.float32)
+    elif dtype != KEEP:
+        stored = np.dtype(jnp.dtype(dtype))
+    else:
+        stored = kinds[0]
+        for index, kind in enumerate(kinds):
+            if kind != stored:
+                raise mixed(fill.path, index, kind, stored)
+
+    def pieces() -> Iterator[np.ndarray]:
+        for name, piece in zip(fill.sources, fill.pieces(source)):
+            piece = cast(piece, stored)
+            if not finite(piece):
+                raise CheckpointError(
+                    f"{source.path}: {name} holds NaN or infinite values; the file is "
+                    "damaged, or a training that diverged"
+                )
+            yield piece
+
+    return Streamed(fill.shape, stored, pieces)
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another float dtype, by XLA: numpy takes far longer for 16 bits."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype.itemsize > 4:  # JAX would round float64 twice
+        return array.astype(dtype)
+    return np.asarray(jnp.asarray(array).astype(dtype))
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, told by the exponent's bits: all ones."""
+    info = jnp.finfo(array.dtype)
+    word = np.dtype(f"uint{info.bits}")
+    mask = word.type((2**info.nexp - 1) << info.nmant)
+    bits = array.reshape(-1).view(word)
+    step = 1 << 22  # so that a few megabytes of masks are made, not gigabytes
+    return all(
+        (bits[i : i + step] & mask).max() != mask for i in range(0, bits.size, step)
+    )
+
+
+def _at_grid(source: Source, grid: int) -> Source:
+    """The tower with its position embeddings resized, as the reference does for 448 px."""
+    name = next(name for name in source if re.fullmatch(POSITIONS, name))
+    stored = source[name]
+    shape = (1, grid * grid + 1, stored.shape[2])
+    if stored.shape == shape:
+        return source
+    logger.info("resizing %s from %s to %s", name, list(stored.shape), list(shape))
+
+    def values() -> np.ndarray:
+        return vit.resized(np.asarray(stored).astype(np.float32), grid)
+
+    resized = Tensor(shape, np.dtype(np.float32), values)
+    tensors = {**source.tensors, name: resized}
+    return Source(source.path, tensors, source.files, source.config)
+
+
+def _counts(reasons: Mapping[str, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
