@@ -125,6 +125,19 @@ def test_a_photo_whose_name_is_not_utf_8_is_answered_once_and_scored(
     assert read_pairs(out, references) == (["A é.", "A é."], [["A."], ["A."]])
 
 
+def test_neither_prompts_nor_images_are_logged(photos, tmp_path, caplog, capfd):
+    caplog.set_level("DEBUG", "minigpt4_jax")
+    model, images = tiny.save(tmp_path / "tiny"), tmp_path / "list.jsonl"
+    lines = [{"image": str(photos / name)} for name in ("0.png", "broken.jpg")]
+    lines[1]["prompt"] = "WHY?"
+    images.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    generate.generate(str(model), str(images), "WHO?", tmp_path / "out.jsonl", CFG)
+    said = caplog.text + "".join(capfd.readouterr())
+    assert "1 answers, 1 errors" in said
+    for word in ("WHO?", "WHY?", "0.png", "broken.jpg"):
+        assert word not in said
+
+
 def command(*arguments: str):
     return subprocess.run(
         [sys.executable, "-m", "minigpt4_jax.generate", *arguments],
