@@ -9,6 +9,7 @@ Exit codes of every command:
     4    CheckpointError: a model directory or a checkpoint cannot be used
     5    DataError: a data set cannot be used
     130  interrupted
+    143  training ended by SIGTERM, saved and ready to go on
 """
 
 import difflib

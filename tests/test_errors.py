@@ -1,7 +1,9 @@
 """Each kind of error ends a command with its code and one sentence."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,14 @@ def test_each_kind_has_its_base_and_its_exit_code(kind, builtin, code, capsys):
     done = command(body=f"raise errors.{kind.__name__}('photo.jpg: no such file')")
     assert done.returncode == code == kind.exit_code
     assert done.stderr.splitlines()[1:] == [f"{kind.__name__}: photo.jpg: no such file"]
+
+
+def test_the_readme_lists_the_exit_codes_of_the_docstring():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.partition("## Exit codes")[2].partition("##")[0]
+    listed = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
+    assert listed == re.findall(r"^    (\d+) ", errors.__doc__, re.MULTILINE)
+    assert {"143", *map(str, range(6))} <= set(listed)
 
 
 def test_debug_adds_the_traceback():
