@@ -33,7 +33,7 @@ DEMO = ["gguf>=0.17", "onnx>=1.18"]
 
 EXTRAS = {
     "demo": DEMO,
-    "convert": DEMO,  # until .pth files are read too, which needs torch
+    "convert": [*DEMO, "torch>=2.6"],  # older ones read pickles less safely
     "test": [
         *DEMO,
         "torch>=2.6",  # what parity is tested against
