@@ -65,7 +65,7 @@ ROOMS = (
     (r"minigpt4_jax/sampling", {"jax", "numpy"}, rf"{ERRORS}|{REQUEST}"),
     (
         r"minigpt4_jax/storage",
-        {"numpy", "safetensors"},
+        {"numpy", "tqdm"},
         rf"{ERRORS}|{MODELS}|minigpt4_jax\.locate",
     ),
     (
@@ -113,15 +113,23 @@ ROOMS = (
         PACKAGE,
     ),
     (
+        r"convert/torch_files",  # the one file of the converter that may
+        {"numpy", "ml_dtypes", "torch"},
+        rf"{ERRORS}|convert\.tensors",
+    ),
+    (
         r"convert/\w+",
-        {"numpy", "ml_dtypes", "tokenizers", "gguf", "onnx", "google", "absl"},
-        rf"convert\.\w+|{PACKAGE}",
+        {
+            *("numpy", "ml_dtypes", "jax", "absl"),
+            *("safetensors", "tokenizers", "gguf", "onnx", "google"),
+        },
+        rf"convert(\.\w+)?|minigpt4_jax|{PACKAGE}",
     ),
     (r"configs/\w+", {"ml_collections"}, r""),
     (
         r"benchmarks/\w+",
         {*NET, "numpy", "torch", "transformers", "absl"},
-        rf"benchmarks\.\w+|convert\.\w+|tests\.parity|minigpt4_jax|{PACKAGE}",
+        rf"benchmarks\.\w+|convert\.\w+|tests\.(parity|published)|minigpt4_jax|{PACKAGE}",
     ),
     (r"examples/\w+", {*NET, "numpy", "PIL"}, rf"minigpt4_jax|{PACKAGE}"),
 )
