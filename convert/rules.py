@@ -26,11 +26,16 @@ class Layout:
         name: for reports.
         source_shape: the shape the source must have, from the parameter's shape.
         convert: (source array, parameter's shape) -> parameter.
+        invert: parameter -> source array, or its own part of that (see `part`).
+        index, parts: which of how many equal parts along the source's first axis.
     """
 
     name: str
     source_shape: Callable[[Shape], Shape]
     convert: Callable[[np.ndarray, Shape], np.ndarray]
+    invert: Callable[[np.ndarray], np.ndarray]
+    index: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -234,29 +239,36 @@ def transposed(array: np.ndarray) -> np.ndarray:
     return out
 
 
-KEEP = Layout("keep", lambda want: want, lambda array, want: array)
+KEEP = Layout("keep", lambda want: want, lambda array, want: array, lambda array: array)
 TRANSPOSE = Layout(
-    "transpose", lambda want: want[::-1], lambda array, want: transposed(array)
+    "transpose",
+    lambda want: want[::-1],
+    lambda array, want: transposed(array),
+    lambda array: transposed(array),
 )
 SPLIT_HEADS = Layout(  # [N*K, D] -> [D, N, K]
     "split heads",
     lambda want: (math.prod(want[1:]), want[0]),
     lambda array, want: transposed(array).reshape(want),
+    lambda array: transposed(array.reshape(array.shape[0], -1)),
 )
 JOIN_HEADS = Layout(  # [D, N*K] -> [N, K, D]
     "join heads",
     lambda want: (want[-1], math.prod(want[:-1])),
     lambda array, want: transposed(array).reshape(want),
+    lambda array: transposed(array.reshape(-1, array.shape[-1])),
 )
 FLAT = Layout(  # [N*K] -> [N, K]
     "split bias",
     lambda want: (math.prod(want),),
     lambda array, want: array.reshape(want),
+    lambda array: array.reshape(-1),
 )
 PATCH = Layout(  # [D, C, H, W] -> [H, W, C, D]
     "patch kernel",
     lambda want: (want[3], want[2], want[0], want[1]),
     lambda array, want: array.transpose(2, 3, 1, 0),
+    lambda array: array.transpose(3, 2, 0, 1),
 )
 
 
@@ -266,6 +278,7 @@ def batched(axes: int = 1) -> Layout:
         f"remove {axes} leading axes of size 1",
         lambda want: (1,) * axes + want,
         lambda array, want: array.reshape(want),
+        lambda array: array.reshape((1,) * axes + array.shape),
     )
 
 
@@ -279,7 +292,8 @@ def part(index: int, parts: int, layout: Layout) -> Layout:
     def convert(array: np.ndarray, want: Shape) -> np.ndarray:
         return layout.convert(np.split(array, parts, axis=0)[index], want)
 
-    return Layout(f"part {index + 1} of {parts}, {layout.name}", source_shape, convert)
+    name = f"part {index + 1} of {parts}, {layout.name}"
+    return Layout(name, source_shape, convert, layout.invert, index, parts)
 
 
 def half_rotated(layout: Layout) -> Layout:
@@ -288,12 +302,19 @@ def half_rotated(layout: Layout) -> Layout:
     Row h*K + 2i + j of the source is row h*K + j*K/2 + i of a half-rotation model.
     """
 
+    def swap(array: np.ndarray, shape: Shape) -> np.ndarray:
+        return array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
+
     def convert(array: np.ndarray, want: Shape) -> np.ndarray:
         heads, size = want[-2:]
-        pairs = array.reshape(heads, size // 2, 2, -1)
-        return layout.convert(pairs.swapaxes(1, 2).reshape(array.shape), want)
+        return layout.convert(swap(array, (heads, size // 2, 2, -1)), want)
 
-    return Layout(f"undo rotary pairs, {layout.name}", layout.source_shape, convert)
+    def invert(array: np.ndarray) -> np.ndarray:
+        heads, size = array.shape[-2:]
+        return swap(layout.invert(array), (heads, 2, size // 2, -1))
+
+    name = f"undo rotary pairs, {layout.name}"
+    return Layout(name, layout.source_shape, convert, invert)
 
 
 # Conditions under which a tensor without a parameter may be dropped (`Rule.otherwise`).

@@ -302,6 +302,34 @@ def test_layouts_state_the_shape_they_read():
         assert len(np.unique(got)) == got.size, layout.name
 
 
+@pytest.mark.parametrize(
+    "layout, want",
+    [
+        (KEEP, (3, 4)),
+        (TRANSPOSE, (3, 4)),
+        (SPLIT_HEADS, (5, 3, 4)),
+        (JOIN_HEADS, (3, 4, 5)),
+        (FLAT, (3, 4)),
+        (PATCH, (2, 3, 4, 5)),
+        (batched(2), (3,)),
+        (half_rotated(SPLIT_HEADS), (5, 3, 8)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_inverse_of_a_layout_gives_its_source_back(layout, want):
+    shape = layout.source_shape(want)
+    source = np.arange(np.prod(shape)).reshape(shape)
+    np.testing.assert_array_equal(layout.invert(layout.convert(source, want)), source)
+
+
+def test_the_inverses_of_parts_are_joined_to_their_source():
+    layouts = [part(index, 3, SPLIT_HEADS) for index in range(3)]
+    source = RNG.standard_normal(layouts[0].source_shape((5, 3, 4)))
+    parts = [layout.invert(layout.convert(source, (5, 3, 4))) for layout in layouts]
+    np.testing.assert_array_equal(np.concatenate(parts), source)
+    assert [layout.index for layout in layouts] == [0, 1, 2]
+
+
 def test_a_patch_kernel_keeps_rows_columns_and_channels_apart():
     kernel_DCHW = RNG.standard_normal((7, 3, 4, 5))
     kernel_HWCD = PATCH.convert(kernel_DCHW, (4, 5, 3, 7))
