@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from convert import fit, hashes, parts, sources, variants, vicuna, vit
+from convert.casting import cast, finite, widest
 from convert.rules import Fill, dropped, mixed, plan
 from convert.sources import Source
 from convert.tensors import Tensor
@@ -160,8 +161,11 @@ class Conversion:
             "sources": listed,
             "dtype": self.dtype,
             "source_dtypes": {
-                path: str(self.files[part][fill.sources[0]].dtype)
+                path: str(widest(self.files[part][name].dtype for name in fill.sources))
                 for path, (part, fill) in self.fills.items()
+            },
+            "filled_by": {
+                path.partition("/")[0]: part for path, (part, _) in self.fills.items()
             },
             "left_out": {
                 part: dict(sorted(_counts(reasons).items()))
@@ -247,27 +251,6 @@ def _stream(fill: Fill, source: Source, dtype: str) -> Streamed:
             yield piece
 
     return Streamed(fill.shape, stored, pieces)
-
-
-def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in another float dtype, by XLA: numpy takes far longer for 16 bits."""
-    if array.dtype == dtype:
-        return array
-    if array.dtype.itemsize > 4:  # JAX would round float64 twice
-        return array.astype(dtype)
-    return np.asarray(jnp.asarray(array).astype(dtype))
-
-
-def finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, told by the exponent's bits: all ones."""
-    info = jnp.finfo(array.dtype)
-    word = np.dtype(f"uint{info.bits}")
-    mask = word.type((2**info.nexp - 1) << info.nmant)
-    bits = array.reshape(-1).view(word)
-    step = 1 << 22  # so that a few megabytes of masks are made, not gigabytes
-    return all(
-        (bits[i : i + step] & mask).max() != mask for i in range(0, bits.size, step)
-    )
 
 
 def _at_grid(source: Source, grid: int) -> Source:

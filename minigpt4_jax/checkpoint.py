@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "base_directory",
+    "check",
     "load_model",
     "load_trainables",
+    "open_all",
+    "open_files",
     "parameter_shapes",
     "read_arrays",
     "read_config",
@@ -81,8 +84,8 @@ def load_model(
     )
     params = {"/".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(wanted)}
     with contextlib.ExitStack() as files:
-        stored = _open_all(path, files)
-        drawn = _check(
+        stored = open_all(path, files)
+        drawn = check(
             path, stored, {k: v.shape for k, (_, v) in params.items()}, absent
         )
         values = _draw(config, built, drawn, seed)
@@ -139,11 +142,11 @@ def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
     }
     with contextlib.ExitStack() as files:
         if (path / INDEX).exists():
-            stored = _open_all(path, files)
+            stored = open_all(path, files)
         else:
-            stored = _open(trainable_files(path), files)
+            stored = open_files(trainable_files(path), files)
         shapes = {name: variables[name].shape for name in stored if name in variables}
-        _check(path, stored, shapes, ())
+        check(path, stored, shapes, ())
         for name, tensor in stored.items():
             old = variables[name][...]
             variables[name][...] = _read(tensor, old.dtype, old.sharding)
@@ -156,8 +159,8 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
     """Exactly these parameters as stored in a connector or work directory."""
     with contextlib.ExitStack() as files:
-        stored = _open(trainable_files(Path(path)), files)
-        _check(Path(path), stored, wanted, ())
+        stored = open_files(trainable_files(Path(path)), files)
+        check(Path(path), stored, wanted, ())
         return {name: np.asarray(tensor[...]) for name, tensor in stored.items()}
 
 
@@ -171,7 +174,7 @@ def parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
 # Reading.
 
 
-def _open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+def open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
     """Unread tensors of a model by path; a work directory's own ones win."""
     directory = base_directory(path)
     sizes = read_json(directory / "manifest.json").get("files", {})
@@ -197,18 +200,18 @@ def _open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
             f"{directory}: {INDEX} is absent or damaged; convert again"
         ) from error
     check_format(directory / INDEX, found)
-    stored = _open(shards, files)
+    stored = open_files(shards, files)
     if set(names) != set(stored):
         raise CheckpointError(
             f"{directory}: its index and its shards differ in "
             f"{sorted(set(names) ^ set(stored))}; convert again"
         )
     if directory != path:
-        stored |= _open(trainable_files(path), files)
+        stored |= open_files(trainable_files(path), files)
     return stored
 
 
-def _open(paths: Iterable[Path], files: contextlib.ExitStack) -> dict[str, Any]:
+def open_files(paths: Iterable[Path], files: contextlib.ExitStack) -> dict[str, Any]:
     """Unread tensors of memory-mapped files, by name."""
     stored = {}
     for path in paths:
@@ -225,7 +228,7 @@ def _open(paths: Iterable[Path], files: contextlib.ExitStack) -> dict[str, Any]:
     return stored
 
 
-def _check(
+def check(
     path: Path,
     stored: Mapping[str, Any],
     wanted: Mapping[str, tuple[int, ...]],

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert import model
+from convert import casting, model
 from minigpt4_jax import checkpoint, storage
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.models.layers import DTypes
@@ -275,6 +275,6 @@ def test_wrong_dtypes_are_named(vicuna, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_what_is_not_finite_is_told_by_its_bits(dtype):
     values = np.asarray(jnp.array([1e-7, -3e4, 0.0, 65504.0 / 2], dtype))
-    assert model.finite(values)
+    assert casting.finite(values)
     for bad in (np.nan, np.inf, -np.inf):
-        assert not model.finite(np.asarray(jnp.array([1.0, bad], dtype)))
+        assert not casting.finite(np.asarray(jnp.array([1.0, bad], dtype)))
