@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import torch_files
-from convert.sources import Source, json_file
+from convert.sources import Source, json_file, number
 from convert.tensors import Tensor
 from minigpt4_jax.errors import CheckpointError
 
@@ -51,10 +51,10 @@ def read(path: Path) -> Source:
             f"{path}: {len(absent)} tensors are not in every shard ({min(absent)}, ...); "
             "are the shards of one model?"
         )
-    heads = int(params["n_heads"])
+    config = _config(params, path / "params.json")
     turned = {
-        "self_attn.q_proj": heads,
-        "self_attn.k_proj": int(params.get("n_kv_heads") or heads),
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
     }
     tensors = {}
     for name in shards[0]:
@@ -62,7 +62,23 @@ def read(path: Path) -> Source:
         rotary = next((n for part, n in turned.items() if part in theirs), None)
         parts = [shard[name] for shard in shards]
         tensors[theirs] = _joined(parts, axis, rotary)
-    return Source(path, tensors, files, _config(params, tensors))
+    _check_width(path, tensors, config["hidden_size"], len(files))
+    if gate := tensors.get("model.layers.0.mlp.gate_proj.weight"):
+        config["intermediate_size"] = gate.shape[0]  # params.json leaves it open
+    return Source(path, tensors, files, config)
+
+
+def _check_width(path: Path, tensors: dict, dim: int, count: int) -> None:
+    """Raise when the joined shards are not as wide as params.json says.
+
+    Nothing else tells that the last shards are absent.
+    """
+    embed = tensors.get("model.embed_tokens.weight")
+    if embed and embed.shape[-1] != dim:
+        raise CheckpointError(
+            f"{path}: dim is {dim} in params.json, but {count} shards join to "
+            f"{embed.shape[-1]}; are all shards there?"
+        )
 
 
 def _name(name: str) -> tuple[str, int | None]:
@@ -96,17 +112,15 @@ def halves(array: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def _config(params: dict, tensors: dict[str, Tensor]) -> dict:
-    """What config.json would say; sizes that params.json leaves open, by shape."""
-    heads = int(params["n_heads"])
-    gate = tensors.get("model.layers.0.mlp.gate_proj.weight")
+def _config(params: dict, where: Path) -> dict:
+    """What config.json would say."""
+    heads = int(number(params, "n_heads", where))
     return {
         "model_type": "llama",
-        "hidden_size": int(params["dim"]),
-        "num_hidden_layers": int(params["n_layers"]),
+        "hidden_size": int(number(params, "dim", where)),
+        "num_hidden_layers": int(number(params, "n_layers", where)),
         "num_attention_heads": heads,
         "num_key_value_heads": int(params.get("n_kv_heads") or heads),
-        "intermediate_size": gate.shape[0] if gate else None,
-        "rms_norm_eps": float(params["norm_eps"]),
+        "rms_norm_eps": float(number(params, "norm_eps", where)),
         "rope_theta": float(params.get("rope_theta") or 10_000.0),
     }

@@ -69,6 +69,8 @@ def read(path: str | Path) -> Source:
 
 
 def _file(path: Path) -> Mapping[str, Any]:
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty; fetch it again")
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if path.suffix == ".gguf":
@@ -114,7 +116,12 @@ def _sharded(path: Path, index: Path, config: Mapping[str, Any]) -> Source:
     weight_map = json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it; fetch it again")
-    files = [path / name for name in sorted(set(map(str, weight_map.values())))]
+    odd = [
+        x for x in weight_map.values() if not isinstance(x, str) or Path(x).name != x
+    ]
+    if odd:
+        raise CheckpointError(f"{index}: {odd[0]!r} is no name of a file beside it")
+    files = [path / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise CheckpointError(
@@ -172,3 +179,13 @@ def json_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: want a JSON object")
     return values
+
+
+def number(values: Mapping[str, Any], key: str, where: Path) -> Any:
+    """A number that somebody else's JSON file at `where` must have."""
+    value = values.get(key)
+    if value is None:
+        raise CheckpointError(f"{where}: it has no {key}; is it whole?")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise CheckpointError(f"{where}: {key} is {value!r}; want a number above 0")
+    return value

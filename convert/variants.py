@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources import Source
+from convert.sources import Source, number
 from minigpt4_jax.errors import CheckpointError
 
 PARTS = ("vit", "qformer", "llama", "projector")
@@ -185,7 +185,12 @@ def llama_sizes(source: Source) -> dict[str, int | float | bool]:
     if "token_embd.weight" in source:
         from convert.gguf_files import llama_numbers  # here: for GGUF files alone
 
-        return llama_numbers(source.tensors)
+        try:
+            return llama_numbers(source.tensors)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{source.path}: its metadata has no {error.args[0]}; is it whole?"
+            ) from error
     config = source.config
     embed = source["model.embed_tokens.weight"].shape
     if not config:
@@ -200,16 +205,20 @@ def llama_sizes(source: Source) -> dict[str, int | float | bool]:
             f"{source.path}: config.json asks for rotary scaling {kind!r}; want a LLaMA "
             "without it"
         )
-    heads = config["num_attention_heads"]
+
+    def stated(key: str) -> Any:
+        return number(config, key, source.path / "config.json")
+
+    heads = stated("num_attention_heads")
     found = {
         "vocab_size": embed[0],
         "width": embed[1],
-        "num_layers": config["num_hidden_layers"],
+        "num_layers": stated("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_size": config.get("head_dim") or embed[1] // heads,
-        "mlp_width": config["intermediate_size"],
-        "eps": config["rms_norm_eps"],
+        "mlp_width": stated("intermediate_size"),
+        "eps": stated("rms_norm_eps"),
         "rope_theta": float(
             config.get("rope_theta") or rope.get("rope_theta") or 10_000.0
         ),
