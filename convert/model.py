@@ -26,6 +26,7 @@ from convert.rules import Fill, dropped, mixed, plan
 from convert.sources import Source
 from convert.tensors import Tensor
 from minigpt4_jax import checkpoint, locate, storage
+from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 from minigpt4_jax.storage import Streamed
@@ -100,10 +101,7 @@ class Conversion:
         if out.exists():
             raise InputError(f"--out: {out} exists; name another, or remove it")
         arrays = self.arrays()
-        tokenizer = {
-            file.name: file.read_bytes()
-            for file in vicuna.tokenizer_files(*self.folders)
-        }
+        tokenizer = self._tokenizer()
         # One thread: reading is what takes the time, and two would read in turns.
         with ThreadPoolExecutor(1) as pool:
             sums = {
@@ -119,6 +117,19 @@ class Conversion:
                 pool.shutdown(cancel_futures=True)
                 raise
         return out
+
+    def _tokenizer(self) -> dict[str, bytes]:
+        """Its files by name, of which no id may lie beyond the decoder's rows."""
+        files = vicuna.tokenizer_files(*self.folders)
+        folder, config = files[0].parent, self.config
+        ids = dict(bos_id=config.bos_id, eos_ids=config.eos_ids)
+        size, rows = load_tokenizer(folder, **ids).size, config.llama.vocab_size
+        if size > rows:
+            raise CheckpointError(
+                f"{folder}: its tokenizer has {size} pieces for the {rows} rows of the "
+                "decoder; fetch the tokenizer that belongs to it"
+            )
+        return {file.name: file.read_bytes() for file in files}
 
     def report(self) -> list[str]:
         """A line for each parameter, and one for each tensor that is left out."""

@@ -74,7 +74,7 @@ ODD = (
             num_heads=2,
             encoder_width=30,
         ),
-        llama=dataclasses.replace(VICUNA.llama, vocab_size=97, num_kv_heads=2),
+        llama=dataclasses.replace(VICUNA.llama, vocab_size=311, num_kv_heads=2),
     )
 )
 STRIPS = dataclasses.replace(  # no Q-Former: 16 patches, 4 of them a slot
@@ -82,7 +82,7 @@ STRIPS = dataclasses.replace(  # no Q-Former: 16 patches, 4 of them a slot
     name="tiny_strips",
     vit=dataclasses.replace(VICUNA.vit, image_size=56),
     qformer=None,
-    llama=dataclasses.replace(VICUNA.llama, vocab_size=89, eps=1e-5),
+    llama=dataclasses.replace(VICUNA.llama, vocab_size=307, eps=1e-5),
     template="llama2",
 )
 

@@ -1,5 +1,6 @@
 """`python -m convert model`: every format in, the right model out, or one clear error."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from safetensors.numpy import load_file
 from convert import casting, model
 from minigpt4_jax import checkpoint, storage
 from minigpt4_jax.errors import CheckpointError, InputError
+from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.request import GREEDY, Request, user
 from tests import parity, published
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +98,25 @@ def test_odd_sizes_come_through_every_kind_of_folder(tmp_path, kind, shards):
     preset = published.preset(tmp_path, published.ODD)
     out = model.prepare(preset, files).write(tmp_path / "out")
     assert_same_model(out, theirs, published.ODD)
+
+
+def test_a_bfloat16_folder_stays_bfloat16_and_the_model_answers(tmp_path):
+    theirs = parity.Whole(published.ODD, seed=5)
+    half = dict(kind="safetensors", shards=1, dtype=torch.bfloat16)
+    files = published.parts(tmp_path, published.ODD, theirs, **half)
+    preset = published.preset(tmp_path, published.ODD)
+    out = model.prepare(preset, files).write(tmp_path / "out")
+    want = theirs.decoder.state_dict()["model.layers.1.mlp.up_proj.weight"].bfloat16()
+    got = stored(out)["llama/blocks/mlp/up/kernel"][1]
+    assert str(got.dtype) == "bfloat16"
+    np.testing.assert_array_equal(got.astype(np.float32), want.float().numpy().T)
+    generator = Generator.load(out)
+    image = np.zeros((9, 15, 3), np.uint8)
+    sampling = dataclasses.replace(GREEDY, max_tokens=3)
+    events = list(
+        generator.submit([Request([user("a dog", image)], sampling=sampling)])
+    )
+    assert events[-1].error is None and events[-1].finish_reason in ("length", "stop")
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -253,6 +275,17 @@ def test_a_full_disk_is_said_before_anything_is_written(vicuna, tmp_path, monkey
     with pytest.raises(CheckpointError, match="make room"):
         model.prepare(preset, files).write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_pieces_than_the_decoder_has_rows_is_refused(tmp_path):
+    cfg = dataclasses.replace(
+        published.STRIPS,
+        llama=dataclasses.replace(published.STRIPS.llama, vocab_size=71),
+    )
+    files = published.parts(tmp_path, cfg, parity.Whole(cfg, seed=7))
+    made = model.prepare(published.preset(tmp_path, cfg), files)
+    with pytest.raises(CheckpointError, match="pieces for the 71 rows"):
+        made.write(tmp_path / "out")
 
 
 def test_wrong_dtypes_are_named(vicuna, tmp_path):
