@@ -1,8 +1,8 @@
-"""python -m convert export --checkpoint DIR|WORKDIR --out FILE.pth [--llm OUTDIR]
+"""python -m convert export --checkpoint DIR|WORKDIR [--out FILE.pth] [--llm OUTDIR]
 
 What was converted or trained here -> files that the reference's PyTorch code loads: a
-checkpoint for its `model.ckpt`, and with --llm a Hugging Face folder of the decoder for
-its `llama_model`. The rules of the conversion, backwards.
+checkpoint for its `model.ckpt`, a Hugging Face folder of the decoder for its
+`llama_model`, or both. The rules of the conversion, backwards.
 """
 
 import contextlib
@@ -41,15 +41,17 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Read the flags and export."""
     args = flags.FLAGS
-    if argv[1:] or not args.checkpoint or not args.out:
-        raise InputError("convert export needs --checkpoint and --out, and no more")
-    llm = Path(args.llm) if args.llm else None
-    for path in export(args.checkpoint, Path(args.out), llm):
+    if argv[1:] or not args.checkpoint or not (args.out or args.llm):
+        raise InputError(
+            "convert export needs --checkpoint, and --out or --llm or both; no more"
+        )
+    out, llm = (Path(name) if name else None for name in (args.out, args.llm))
+    for path in export(args.checkpoint, out, llm):
         print(path)
 
 
-def export(name: str | Path, out: Path, llm: Path | None = None) -> list[Path]:
-    """Writes the reference's files; returns them.
+def export(name: str | Path, out: Path | None, llm: Path | None = None) -> list[Path]:
+    """Writes the reference's checkpoint, its decoder's folder, or both; returns them.
 
     Raises:
         InputError: one of them exists, or would lack a decoder that was trained.
@@ -61,18 +63,20 @@ def export(name: str | Path, out: Path, llm: Path | None = None) -> list[Path]:
     path = checkpoint.resolve(name)
     with contextlib.ExitStack() as files:
         model = open_model(path, files)
-        decoder = [p for p in model.trained if p.startswith("llama/")]
+        decoder = sorted(p for p in model.trained if p.startswith("llama/"))
         if decoder and llm is None:
             raise InputError(
                 f"{path} trained {decoder[0]}, and the reference's checkpoint holds no "
                 "decoder; add --llm OUTDIR for it"
             )
-        saved = model.tensors(CHECKPOINT, model.saved())
+        # Names before values: a model that the reference lacks is refused at once.
+        saved = model.tensors(CHECKPOINT, model.saved() if out else ())
         if llm is not None:
             all_of_it = [p for p in model.shapes if p.startswith("llama/")]
             write_decoder(model, model.tensors(llama.HF, all_of_it), llm)
-        write_checkpoint(model, saved, out)
-    return [out] if llm is None else [out, llm]
+        if out is not None:
+            write_checkpoint(model, saved, out)
+    return [path for path in (out, llm) if path is not None]
 
 
 @dataclass(frozen=True)

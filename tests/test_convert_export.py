@@ -354,6 +354,13 @@ def test_a_trained_decoder_goes_into_its_folder_and_not_into_the_file(vicuna, tm
     }
 
 
+def test_a_decoder_is_written_alone(vicuna, tmp_path):
+    theirs, *_, directory = vicuna
+    assert export.export(directory, None, tmp_path / "llm") == [tmp_path / "llm"]
+    assert_same(decoder(tmp_path / "llm"), weights(theirs))
+    assert [path.name for path in tmp_path.iterdir()] == ["llm"]
+
+
 def test_a_full_disk_is_said_and_nothing_is_left(vicuna, tmp_path, monkeypatch):
     *_, directory = vicuna
     monkeypatch.setattr(
@@ -378,4 +385,4 @@ def test_the_command_prints_what_it_wrote(vicuna, tmp_path):
     assert run.stdout.split() == [str(out), str(llm)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == InputError.exit_code
-    assert "--out" in refused.stderr
+    assert "--out or --llm" in refused.stderr
