@@ -4,6 +4,7 @@ model       a MiniGPT-4 from published files
 vicuna      base LLaMA + delta as a Hugging Face folder
 demo        the demo model, from two installed packages and the shipped connector
 export      the reference's own files, from a converted directory or a training run
+doctor      what files are, what fits with what, whether a directory behaves
 connector   the files that ship, from a work directory
 """
 
@@ -14,7 +15,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 
-COMMANDS = ("connector", "demo", "export", "model", "vicuna")
+COMMANDS = ("connector", "demo", "doctor", "export", "model", "vicuna")
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.variants import V0_VOCABULARY, Part
+from convert.variants import PARTS, V0_VOCABULARY, Part
 from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.errors import CheckpointError
-from minigpt4_jax.models.minigpt4 import MiniGPT4Config
+from minigpt4_jax.models.minigpt4 import PRESETS, MiniGPT4Config
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +95,47 @@ def _llama(config: MiniGPT4Config, part: Part) -> list[str]:
             "to as --llm, and this as --delta"
         ]
     want, got = config.llama.vocab_size, part.sizes["vocab_size"]
-    if part.sizes["width"] == config.llama.width and got == 32_000 != want:
-        if want == V0_VOCABULARY:
-            return [
-                f"{part.says}: {got} rows, want the {want} of Vicuna v0. LLaMA needs the "
-                "v0 delta (--delta); v1.1 answers another template, and projectors were "
-                "not trained with it"
-            ]
+    same_width = part.sizes["width"] == config.llama.width
+    if same_width and got == 32_000 and config.template == "vicuna_v0":
+        return [
+            f"{part.says}: {got} rows, want the {V0_VOCABULARY} of Vicuna v0. LLaMA needs "
+            "the v0 delta (--delta); v1.1 answers another template, and projectors were "
+            "not trained with it"
+        ]
+    if same_width and got == V0_VOCABULARY != want:
+        return [
+            f"{part.says}: {got} rows, want {want}; that one belongs to the presets "
+            "minigpt4_vicuna_7b and minigpt4_vicuna_13b"
+        ]
     return _sizes("llama", config.llama, part, leave=FROM_FILE)
+
+
+def doubts(config: MiniGPT4Config, parts: Mapping[str, Part]) -> list[str]:
+    """What no shape tells, where it matters."""
+    if config.template != "llama2" or "llama" not in parts:
+        return []
+    if "Llama-2" in (says := parts["llama"].says):
+        return [f"{says}: want the chat model; `convert doctor` on the result asks it"]
+    return [
+        f"{says}: want Llama-2 chat, whose first copies look the same; 2048 positions and "
+        f"eps {parts['llama'].sizes['eps']:g} speak for LLaMA 1 or Vicuna v1.1"
+    ]
+
+
+def nearest(parts: Mapping[str, Part]) -> MiniGPT4Config:
+    """The preset with the fewest mismatches; of several, the one of the decoder's width,
+    since a decoder is what people have chosen."""
+    width = parts["llama"].sizes["width"] if "llama" in parts else None
+
+    def distance(config: MiniGPT4Config) -> tuple[int, bool]:
+        return len(mismatches(config, parts)), config.llama.width != width
+
+    return min(PRESETS.values(), key=distance)
+
+
+def needed(config: MiniGPT4Config) -> list[str]:
+    """The parts that a preset is made of."""
+    return [part for part in PARTS if part != "qformer" or config.qformer is not None]
 
 
 def _projector(config: MiniGPT4Config, part: Part) -> list[str]:

@@ -207,10 +207,8 @@ def prepare(
         folders.insert(0, Path(delta))
     found = {part: variants.find(source, part) for part, source in files.items()}
     config = fit.settle(preset, found)
-    needed = [*variants.PARTS]
-    if config.qformer is None:
-        needed.remove("qformer")
-    absent = [f"--{'llm' if p == 'llama' else p}" for p in needed if p not in files]
+    needed = fit.needed(config)
+    absent = [variants.FLAGS[part] for part in needed if part not in files]
     if absent:
         raise InputError(f"preset {config.name!r} needs {', '.join(absent)} too")
     files["vit"] = _at_grid(files["vit"], config.vit.grid)

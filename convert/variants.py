@@ -14,12 +14,17 @@ from convert.sources import Source, number
 from minigpt4_jax.errors import CheckpointError
 
 PARTS = ("vit", "qformer", "llama", "projector")
+FLAGS = {"vit": "--vit", "qformer": "--qformer", "llama": "--llm"}
+FLAGS["projector"] = "--projector"
 PUBLISHED = {  # (width of the decoder, input of the projector) -> preset
     (4096, 768): "minigpt4_vicuna_7b",
     (5120, 768): "minigpt4_vicuna_13b",
     (4096, 5632): "minigpt4_llama2_7b",
 }
 DECODERS = {4096: "7B", 5120: "13B", 6656: "30B", 8192: "65B or 70B"}
+HF_DECODERS = {"t5": "FlanT5", "opt": "OPT", "llama": "Vicuna (InstructBLIP)"}
+T5_SIZES = {2048: "-XL", 4096: "-XXL"}
+OTHERS = ("OPT", "FlanT5-XL (", "Vicuna")  # Q-Formers that no projector of ours knows
 V0_VOCABULARY = 32_001  # LLaMA's 32,000 and the pad row that Vicuna v0 adds
 # Norms of a trained decoder end near 1; a difference of two is far below.
 DELTA_NORM = 0.2
@@ -52,10 +57,18 @@ def find(source: Source, name: str) -> Part:
     parts = identify(source)
     found = next((part for part in parts if part.name == name), None)
     if found is None:
-        some = ", ".join(sorted(source)[:3])
-        held = " and ".join(part.says for part in parts) or f"tensors like {some}"
-        raise CheckpointError(f"{source.path}: want a {name}, found {held}")
+        held = " and ".join(part.says for part in parts) or some(source)
+        advice = " or ".join(FLAGS[part.name] for part in parts)
+        raise CheckpointError(
+            f"{source.path}: want a {name}, found {held}"
+            + (f", which {advice} takes" if advice else "")
+        )
     return found
+
+
+def some(source: Source) -> str:
+    """The first names of a source that is none of ours."""
+    return f"tensors like {', '.join(sorted(source)[:3])}"
 
 
 def _vit(source: Source) -> Part | None:
@@ -134,27 +147,32 @@ def _qformer(source: Source) -> Part | None:
         "encoder_width": key[1],
         "cross_attention_freq": cross[1] - cross[0] if cross[1:] else len(layers),
     }
-    says, notes = f"a Q-Former of {len(layers)} layers and {queries} queries", ()
-    trained_for = _trained_for(source)
-    if trained_for:
-        says += f" out of BLIP-2 for {trained_for}"
-    if trained_for.startswith("OPT"):
+    decoder = _trained_for(source)
+    says = f"a Q-Former of {len(layers)} layers and {queries} queries"
+    says += f" out of BLIP-2 for {decoder}" if decoder else ""
+    notes = ()
+    if decoder.startswith(OTHERS):
         notes = (
-            "MiniGPT-4's published projectors were trained on the Q-Former of BLIP-2 "
-            "for FlanT5-XXL (blip2_pretrained_flant5xxl.pth)",
+            f"{says}: MiniGPT-4's projectors were trained on the one for FlanT5-XXL; "
+            "give blip2_pretrained_flant5xxl.pth",
         )
     return Part("qformer", sizes, says, notes=notes)
 
 
 def _trained_for(source: Source) -> str:
     """The decoder that a BLIP-2 Q-Former was trained for, by its old projector."""
+    text = source.config.get("text_config") or {}
+    kind = text.get("model_type", "") if isinstance(text, Mapping) else ""
     for name, decoder in (
         ("t5_proj.weight", "FlanT5"),
         ("opt_proj.weight", "OPT"),
-        ("language_projection.weight", "another decoder"),
+        ("llm_proj.weight", "Vicuna (InstructBLIP)"),
+        ("language_projection.weight", HF_DECODERS.get(kind, "another decoder")),
     ):
         if name in source:
-            return f"{decoder} (width {source[name].shape[0]})"
+            width = source[name].shape[0]
+            size = T5_SIZES.get(width, "") if decoder == "FlanT5" else ""
+            return f"{decoder}{size} (width {width})"
     return ""
 
 
@@ -172,7 +190,7 @@ def _llama(source: Source) -> Part | None:
     elif delta:
         says = f"a Vicuna {size} delta of v1.1 or later ({vocabulary} rows)"
     elif vocabulary == 32_000 and sizes.get("max_positions", 2048) >= 4096:
-        says = f"Llama-2 {size}"
+        says = f"Llama-2 {size} (base, chat and Vicuna v1.5 have the same shapes)"
     elif vocabulary == 32_000:
         says = f"LLaMA {size}, or Vicuna {size} v1.1, which has the same shapes"
     else:
@@ -236,10 +254,15 @@ def _projector(source: Source) -> Part | None:
     out, into = _shape(source, "llama_proj.weight")
     preset = PUBLISHED.get((out, into))
     says = f"a projector {into} -> {out}" + (f" of {preset}" if preset else "")
-    notes = ()
-    if any("lora_" in name for name in source):
-        notes = ("it holds LoRA weights, as MiniGPT-v2's do, which is another model",)
-    return Part("projector", {"width": out, "projector_width": into}, says, notes=notes)
+    if not any("lora_" in name for name in source):
+        return Part("projector", {"width": out, "projector_width": into}, says)
+    says = f"a checkpoint of MiniGPT-v2: LoRA weights and a projector {into} -> {out}"
+    notes = (
+        f"{says}: MiniGPT-v2 is another model than any preset here; give MiniGPT-4's "
+        "own checkpoint (for Llama-2: pretrained_minigpt4_llama2_7b.pth)",
+    )
+    sizes = {"width": out, "projector_width": into}
+    return Part("projector", sizes, says, notes=notes)
 
 
 def _first(source: Iterable[str], patterns: tuple[str, ...]) -> tuple[int, str] | None:
