@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from convert.casting import finite
 from minigpt4_jax import checkpoint, locate
@@ -200,7 +199,7 @@ class Forward:
         return Result("image", FAILED, says)
 
 
-@nnx.jit
+@jax.jit
 def _log_probs(model, ids_BT, slots_BT, pixels_BHWC):
     """Of rows of which the last are about one image each."""
     image_BQD = model.encode_image(pixels_BHWC)
