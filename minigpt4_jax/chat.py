@@ -22,7 +22,7 @@ from minigpt4_jax.request import Sampling, Usage
 
 logger = logging.getLogger(__name__)
 
-PHOTO = Path(__file__).parent / "assets/photos/dog.jpg"
+PHOTO = Path(__file__).parent / "assets/photos/skateboard.jpg"
 PROMPT = "Describe this image in one sentence."
 HELP = "/image FILE shows another photo, /reset forgets all, /quit ends."
 
