@@ -33,9 +33,14 @@ DEMO = ["gguf>=0.17", "onnx>=1.18"]
 
 EXTRAS = {
     "demo": DEMO,
-    "convert": [*DEMO, "torch>=2.6"],  # older ones read pickles less safely
+    "convert": [
+        *DEMO,
+        "torch>=2.6",  # older ones read pickles less safely
+        "PyYAML>=6",  # the reference's configs
+    ],
     "test": [
         *DEMO,
+        "PyYAML>=6",
         "torch>=2.6",  # what parity is tested against
         "transformers>=5",
         "onnxruntime>=1.20",

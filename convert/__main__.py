@@ -4,6 +4,7 @@ model       a MiniGPT-4 from published files
 vicuna      base LLaMA + delta as a Hugging Face folder
 demo        the demo model, from two installed packages and the shipped connector
 export      the reference's own files, from a converted directory or a training run
+config      a train or eval config of the reference, as one of ours
 doctor      what files are, what fits with what, whether a directory behaves
 connector   the files that ship, from a work directory
 """
@@ -15,7 +16,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 
-COMMANDS = ("connector", "demo", "doctor", "export", "model", "vicuna")
+COMMANDS = ("config", "connector", "demo", "doctor", "export", "model", "vicuna")
 
 
 def main() -> None:

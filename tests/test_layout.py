@@ -117,6 +117,12 @@ ROOMS = (
         {"numpy", "ml_dtypes", "torch"},
         rf"{ERRORS}|convert\.tensors",
     ),
+    (r"convert/yaml_files", {"yaml"}, ERRORS),
+    (
+        r"convert/config",
+        {"absl", "ml_collections"},
+        rf"convert\.\w+|minigpt4_jax|{PACKAGE}",
+    ),
     (
         r"convert/\w+",
         {

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parent.parent
 MEGABYTE = 1_000_000
 
 # Import names that are not the name of their distribution.
-DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "PIL": "pillow",
+    "orbax": "orbax-checkpoint",
+    "yaml": "PyYAML",
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +74,13 @@ def pins(name: str) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
-def imported(pattern: str, *, leave_out: str = "") -> set[str]:
+def imported(pattern: str, *, leave_out: tuple[str, ...] = ()) -> set[str]:
     """Distributions that the files of a glob import, the standard library aside."""
     layout = runpy.run_path(str(Path(__file__).parent / "test_layout.py"))
     packages = {
         module.partition(".")[0]
         for path in ROOT.glob(pattern)
-        if path.name != leave_out
+        if path.name not in leave_out
         for _, module in layout["imports"](path.read_text())
     }
     packages -= {*layout["OURS"], *sys.stdlib_module_names}
@@ -129,8 +134,8 @@ def test_a_plain_install_needs_what_the_package_imports_and_no_more(wheel):
 
 
 def test_the_demo_needs_no_torch(wheel):
-    needed = imported("convert/*.py", leave_out="torch_files.py")
-    assert "torch" not in needed
+    needed = imported("convert/*.py", leave_out=("torch_files.py", "yaml_files.py"))
+    assert not {"torch", "pyyaml"} & needed
     # protobuf comes with onnx, which raises its errors; ml_dtypes with jax.
     extra = needed - {"google", "ml-dtypes"} - set(requirements(wheel, None))
     assert extra == set(requirements(wheel, "demo"))
@@ -141,6 +146,13 @@ def test_the_demo_needs_no_torch(wheel):
         .partition("\n\n")[0]
     )
     assert "'.[demo]'" in recipe and "test" not in recipe
+
+
+def test_the_converter_needs_what_its_files_import_and_no_more(wheel):
+    plain = {"google", "ml-dtypes", *requirements(wheel, None)}
+    needed = imported("convert/*.py") - plain
+    assert needed == set(requirements(wheel, "convert"))
+    assert needed <= set(requirements(wheel, "test"))
 
 
 def test_every_extra_is_there(wheel):
