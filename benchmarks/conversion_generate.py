@@ -43,9 +43,15 @@ def main(directory: str) -> None:
     )
 
 
-@nnx.jit
 def encode(model: MiniGPT4, pixels_BHWC):
-    return model.encode_image(pixels_BHWC)
+    """Image embeddings. By jax.jit: nnx.jit would return a copy of every weight."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit  # drops the decoder's weights, which it does not use
+    def encoded(state, pixels_BHWC):
+        return nnx.merge(graphdef, state).encode_image(pixels_BHWC)
+
+    return encoded(state, pixels_BHWC)
 
 
 def generate(model: MiniGPT4, ids_BT, slots_BT, image_BQD) -> list[int]:
