@@ -63,10 +63,7 @@ REQUIRED = (
 # LLaMA's tokenizer; the longest of ALIGNMENT_QUESTIONS is the second.
 PROMPT_TOKENS = {"vicuna_v0": 7 + 20, "llama2": 6 + 20}
 
-FRESH = (
-    "model.ckpt = '' (the reference draws a projector; `convert model` wants one, and "
-    "training goes on from it)"
-)
+FRESH = "no model.ckpt: convert with --no-projector, so that one is drawn"
 
 TRAIN_HELP = "python -m minigpt4_jax.train --config THIS --data DIR --workdir DIR"
 EVAL_HELP = (
@@ -113,7 +110,7 @@ def convert(path: Path, options: list[str]) -> str:
     t = target(values, chosen) if trains else _eval_target(values, chosen)
     listed = config_keys.notes(rows, given, values, t)
     if trains and not given.get("model.ckpt"):
-        listed.insert(0, f"{LATER}: {FRESH}")
+        listed.insert(0, FRESH)
     if count := sum(line.startswith(LATER) for line in listed):
         logger.warning("%d values are %s; the header lists them", count, LATER)
     if trains:

@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_string("llm", None, "LLaMA: HF folder, Meta's folder, or a .gguf.")
     flags.DEFINE_string("delta", None, "Vicuna's delta, to be added to --llm.")
     flags.DEFINE_string("projector", None, "A MiniGPT-4 checkpoint.")
+    flags.DEFINE_bool("no_projector", False, "Frozen weights alone, to train one.")
     flags.DEFINE_string("out", None, "Directory to write; must not exist.")
     flags.DEFINE_enum("dtype", KEEP, DTYPES, "Of weights; keep: as in their files.")
     flags.DEFINE_bool("report", False, "Print which tensor became what; write nothing.")
@@ -67,7 +68,11 @@ def main(argv: list[str]) -> None:
     }
     if not args.preset or not (args.out or args.report):
         raise InputError("convert model needs --preset, and --out or --report")
-    made = prepare(args.preset, given, args.delta, args.dtype)
+    if args.projector and args.no_projector:
+        raise InputError("give --projector or --no-projector, not both")
+    made = prepare(
+        args.preset, given, args.delta, args.dtype, no_projector=args.no_projector
+    )
     if args.report:
         print("\n".join(made.report()))
         return
@@ -85,13 +90,13 @@ class Conversion:
     folders: tuple[Path, ...]  # where a tokenizer may lie
 
     def arrays(self) -> dict[str, Streamed]:
-        """Every parameter by path."""
+        """Every parameter by path; the projector only if its file was named."""
         made = {}
         for path, shape in checkpoint.parameter_shapes(self.config).items():
             if path in self.fills:
                 part, fill = self.fills[path]
                 made[path] = _stream(fill, self.files[part], self.dtype)
-            else:
+            elif path.startswith("ln_vision/"):
                 value = np.full(shape, path.endswith("/scale"), np.float32)
                 made[path] = Streamed(shape, value.dtype, lambda value=value: [value])
         return made
@@ -191,11 +196,14 @@ def prepare(
     given: Mapping[str, str | Path | None],
     delta: str | Path | None = None,
     dtype: str = KEEP,
+    *,
+    no_projector: bool = False,
 ) -> Conversion:
     """Opens the files and checks that they make the preset; reads hardly a value.
 
     Args:
         given: a path for each of variants.PARTS; None for a Q-Former that is not there.
+        no_projector: leave it out, for a training that begins with a random one.
 
     Raises:
         CheckpointError: a file is damaged or another one than it should be; says which.
@@ -207,7 +215,7 @@ def prepare(
         folders.insert(0, Path(delta))
     found = {part: variants.find(source, part) for part, source in files.items()}
     config = fit.settle(preset, found)
-    needed = fit.needed(config)
+    needed = [p for p in fit.needed(config) if not (no_projector and p == "projector")]
     absent = [variants.FLAGS[part] for part in needed if part not in files]
     if absent:
         raise InputError(f"preset {config.name!r} needs {', '.join(absent)} too")
@@ -224,12 +232,10 @@ def prepare(
         except CheckpointError as error:
             raise CheckpointError(f"{files[part].path}: {error}") from error
         fills |= {fill.path: (part, fill) for fill in planned}
-    left = [
-        path
-        for path in shapes
-        if path not in fills and not path.startswith("ln_vision/")
-    ]
-    assert not left, left  # every room above is filled whole, or `plan` raised
+    left = {path.partition("/")[0] for path in shapes.keys() - fills.keys()}
+    assert left <= {"ln_vision", "projector"}, (
+        left
+    )  # `plan` fills rooms whole, or raises
     return Conversion(config, fills, files, dtype, tuple(folders))
 
 

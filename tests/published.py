@@ -306,3 +306,25 @@ def preset(folder: Path, cfg: MiniGPT4Config) -> str:
     path = folder / f"{cfg.name}.json"
     path.write_text(json.dumps({"format": 1, **cfg.to_dict()}))
     return str(path)
+
+
+def blip2_folder(folder: Path, theirs: parity.Whole, instruct: bool = False) -> Path:
+    """A Hugging Face BLIP-2 or InstructBLIP: tower, Q-Former and a decoder of its own."""
+    folder.mkdir(parents=True)
+    state = {f"vision_model.{k}": v for k, v in theirs.vision.state_dict().items()}
+    state |= theirs.queries.state_dict()
+    width = state["query_tokens"].shape[-1]
+    state["language_projection.weight"] = torch.ones(13, width)
+    state["language_projection.bias"] = torch.ones(13)
+    state["language_model.lm_head.weight"] = torch.ones(5, 13)
+    if instruct:
+        for name in ("weight", "bias"):
+            norm = state.pop(f"qformer.layernorm.{name}")
+            state[f"qformer.embeddings.layernorm.{name}"] = norm
+        state["qformer.embeddings.word_embeddings.weight"] = torch.ones(9, width)
+        state["qformer.embeddings.position_embeddings.weight"] = torch.ones(9, width)
+        state["qformer.encoder.layer.0.intermediate.dense.weight"] = torch.ones(3, 2)
+        state["qformer.encoder.layer.0.output.LayerNorm.bias"] = torch.ones(width)
+    save_file({k: v.clone() for k, v in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
+    return folder

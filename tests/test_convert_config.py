@@ -164,15 +164,16 @@ def test_what_the_trainer_cannot_do_is_said_with_value_and_reason(file):
     keys = {line.split()[4] for line in later}
     sets = {f"datasets.{name}." for name in ("laion", "cc_sbu")}
     assert keys == {
-        *("model.ckpt", "run.warmup_lr", "run.lr_sched", "run.amp"),
+        *("run.warmup_lr", "run.lr_sched", "run.amp"),
         *(f"{s}sample_ratio" for s in sets),
         *(f"{s}text_processor.train.name" for s in sets),
     }
     assert any("= 1e-06 (the warmup here starts from 0)" in line for line in later)
     # The spec's check of the schedule at t = W.
     assert any("jumps to 9.707107e-05 at step 5000" in line for line in later)
+    assert f"# {config.FRESH}" in lines
     text = config.convert(file(stage_2(VICUNA)), [])
-    assert "not expressible yet: model.ckpt" not in text  # it names a projector
+    assert config.FRESH not in text  # it names a projector
     assert "jumps to 2.809017e-05 at step 200" in text
     assert "# not expressible yet: model.prompt_path = 'prompts/alignment.txt'" in text
     assert "# same here: model.end_sym = '###'" in text

@@ -119,6 +119,28 @@ def test_a_bfloat16_folder_stays_bfloat16_and_the_model_answers(tmp_path):
     assert events[-1].error is None and events[-1].finish_reason in ("length", "stop")
 
 
+@pytest.mark.parametrize("instruct", [False, True])
+def test_a_hugging_face_blip2_gives_the_tower_and_the_qformer(
+    vicuna, tmp_path, instruct
+):
+    theirs, files, preset = vicuna
+    folder = published.blip2_folder(tmp_path / "hf", theirs, instruct)
+    given = files | {"vit": folder, "qformer": folder}
+    out = model.prepare(preset, given).write(tmp_path / "out")
+    assert_same_model(out, theirs, published.VICUNA)
+
+
+def test_the_tower_inside_a_lavis_file_is_taken(vicuna, tmp_path):
+    theirs, files, preset = vicuna
+    whole = published.blip2(theirs)
+    tower = {k: v for k, v in published.eva(theirs).items() if "head" not in k}
+    whole["model"] |= {f"visual_encoder.{name}": v for name, v in tower.items()}
+    torch.save(whole, tmp_path / "blip2.pth")
+    given = files | dict.fromkeys(("vit", "qformer"), tmp_path / "blip2.pth")
+    out = model.prepare(preset, given).write(tmp_path / "out")
+    assert_same_model(out, theirs, published.VICUNA)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_metas_folders_are_joined_and_turned(tmp_path, shards):
     theirs = sixteen_bit(parity.Whole(published.ODD, seed=6))
@@ -286,6 +308,19 @@ def test_a_tokenizer_with_more_pieces_than_the_decoder_has_rows_is_refused(tmp_p
     made = model.prepare(published.preset(tmp_path, cfg), files)
     with pytest.raises(CheckpointError, match="pieces for the 71 rows"):
         made.write(tmp_path / "out")
+
+
+def test_frozen_weights_alone_are_for_training_a_projector(vicuna, tmp_path):
+    _, files, preset = vicuna
+    frozen = {part: path for part, path in files.items() if part != "projector"}
+    with pytest.raises(InputError, match="needs --projector too"):
+        model.prepare(preset, frozen)
+    out = model.prepare(preset, frozen, no_projector=True).write(tmp_path / "out")
+    assert not any(name.startswith("projector/") for name in stored(out))
+    with pytest.raises(CheckpointError, match="projector/kernel: absent"):
+        checkpoint.load_model(out)
+    drawn = checkpoint.load_model(out, absent=(r"projector/.*",), seed=3)
+    assert np.asarray(drawn.projector.kernel[...]).std() > 0
 
 
 def test_wrong_dtypes_are_named(vicuna, tmp_path):
