@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,34 @@ def test_no_value_is_nan_and_nothing_half_written_stays(vicuna, tmp_path):
     with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc2\.weight holds NaN"):
         made.write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.pth"]
+
+
+@pytest.mark.parametrize("piece", [1, 40])
+def test_a_kill_leaves_no_directory_and_the_next_run_cleans_up(vicuna, tmp_path, piece):
+    _, files, preset = vicuna
+    out = tmp_path / "out"
+    code = f"""
+import itertools, os, signal
+from convert import model
+from minigpt4_jax import storage
+pieces, count = storage._pieces, itertools.count()
+def killed(array):
+    if next(count) == {piece}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pieces(array)
+storage._pieces = killed
+model.prepare({preset!r}, { ({k: str(v) for k, v in files.items()})!r}).write(
+    model.Path({str(out)!r})
+)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.part-")
+    with pytest.raises(CheckpointError):
+        checkpoint.load_model(left)
+    model.prepare(preset, files).write(out)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_full_disk_is_said_before_anything_is_written(vicuna, tmp_path, monkeypatch):
