@@ -12,9 +12,10 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +25,8 @@ from minigpt4_jax.locate import FORMAT, INDEX, TRAINABLES
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SHARD_BYTES = 4 * 10**9
 DTYPES = {  # numpy's names -> those of the safetensors format
@@ -143,14 +146,14 @@ def write_safetensors(
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            written = 0
-            for piece in _pieces(arrays[name]):
-                assert piece.dtype == arrays[name].dtype, name
-                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
-                written += piece.nbytes
-                advance(piece.nbytes)
-            assert written == arrays[name].nbytes, name
+        written = dict.fromkeys(names, 0)
+        every = ((n, piece) for n in names for piece in _pieces(arrays[n]))
+        for name, piece in _ahead(every):
+            assert piece.dtype == arrays[name].dtype, name
+            file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            written[name] += piece.nbytes
+            advance(piece.nbytes)
+        assert all(written[name] == arrays[name].nbytes for name in names)
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
@@ -158,6 +161,15 @@ def write_safetensors(
 
 def _pieces(array: np.ndarray | Streamed) -> Iterable[np.ndarray]:
     return array.pieces() if isinstance(array, Streamed) else [array]
+
+
+def _ahead(values: Iterator[T]) -> Iterator[T]:
+    """The same values; the next is made while the caller deals with this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, values, None)
+        while (value := coming.result()) is not None:
+            coming = pool.submit(next, values, None)
+            yield value
 
 
 def write_shards(
