@@ -26,6 +26,7 @@ from minigpt4_jax.models.minigpt4 import MiniGPT4Config, preset
 from tests import published
 
 PRESETS = {"7b": "minigpt4_vicuna_7b", "13b": "minigpt4_vicuna_13b"}
+PROJECTORS = {4096: "prerained_minigpt4_7b.pth", 5120: "pretrained_minigpt4.pth"}
 SHARDS = {"7b": 2, "13b": 3}  # as published
 GENERATE = "benchmarks.conversion_generate"
 PEER = """
@@ -152,7 +153,7 @@ def make(
         "vit": work / "eva_vit_g.pth",
         "qformer": work / "blip2_pretrained_flant5xxl.pth",
         "llm": work / "llm",
-        "projector": work / "pretrained_minigpt4.pth",
+        "projector": work / PROJECTORS[config.llama.width],
     }
     torch.save(noise.like(eva_shapes(config), torch.float16), files["vit"])
     torch.save({"model": noise.like(blip2_shapes(config))}, files["qformer"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.variants import PARTS, V0_VOCABULARY, Part
+from convert.variants import BLIP2_STAGE_1, INSTRUCT, PARTS, V0_VOCABULARY, Part
 from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.errors import CheckpointError
 from minigpt4_jax.models.minigpt4 import PRESETS, MiniGPT4Config
@@ -112,6 +112,20 @@ def _llama(config: MiniGPT4Config, part: Part) -> list[str]:
 
 def doubts(config: MiniGPT4Config, parts: Mapping[str, Part]) -> list[str]:
     """What no shape tells, where it matters."""
+    return [*_other_qformer(parts), *_other_decoder(config, parts)]
+
+
+def _other_qformer(parts: Mapping[str, Part]) -> list[str]:
+    says = parts["qformer"].says if "qformer" in parts else ""
+    if not says.endswith((INSTRUCT, BLIP2_STAGE_1)):
+        return []
+    return [
+        f"{says}: good for training a projector; the published ones were trained on that "
+        "of blip2_pretrained_flant5xxl.pth"
+    ]
+
+
+def _other_decoder(config: MiniGPT4Config, parts: Mapping[str, Part]) -> list[str]:
     if config.template != "llama2" or "llama" not in parts:
         return []
     if "Llama-2" in (says := parts["llama"].says):

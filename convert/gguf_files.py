@@ -1,11 +1,11 @@
-"""Tensors and numbers of a GGUF file, dequantised to float32 one at a time."""
+"""Tensors and numbers of a GGUF file, dequantised one at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from convert.tensors import Tensor
@@ -14,12 +14,15 @@ from minigpt4_jax.errors import CheckpointError
 
 def _tensor(stored: Any) -> Tensor:
     shape = tuple(int(size) for size in reversed(stored.shape))
+    # Quantised values are exact in float32 alone; what is 16-bit stays so.
+    half = stored.tensor_type == GGMLQuantizationType.F16
+    dtype = np.dtype(np.float16 if half else np.float32)
 
     def values() -> np.ndarray:
-        array = dequantize(stored.data, stored.tensor_type)
-        return array.reshape(shape).astype(np.float32, copy=False)
+        array = stored.data if half else dequantize(stored.data, stored.tensor_type)
+        return array.reshape(shape).astype(dtype, copy=False)
 
-    return Tensor(shape, np.dtype(np.float32), values)
+    return Tensor(shape, dtype, values)
 
 
 class GGUFFile(Mapping):
@@ -69,6 +72,12 @@ def llama_numbers(file: GGUFFile) -> dict[str, int | float]:
             f"the GGUF file holds a {metadata['general.architecture']!r} model; only "
             "'llama' can be converted"
         )
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    factor = metadata.get("llama.rope.scaling.factor", 1.0)
+    if "rope_freqs.weight" in file or (scaling != "none" and factor != 1.0):
+        raise CheckpointError(
+            "the GGUF file asks for scaled rotary angles; want a LLaMA without them"
+        )
     heads = metadata["llama.attention.head_count"]
     width = metadata["llama.embedding_length"]
     return {
@@ -76,12 +85,13 @@ def llama_numbers(file: GGUFFile) -> dict[str, int | float]:
         "width": width,
         "num_layers": metadata["llama.block_count"],
         "num_heads": heads,
-        "num_kv_heads": metadata["llama.attention.head_count_kv"],
-        "head_size": metadata["llama.rope.dimension_count"],
+        # Optional, with these defaults in llama.cpp: LLaMA 1 and 2 often lack them.
+        "num_kv_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "head_size": metadata.get("llama.rope.dimension_count", width // heads),
         "mlp_width": metadata["llama.feed_forward_length"],
         # Written in float32: 1e-5 comes back as 9.999999747378752e-06.
         "eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": metadata["llama.rope.freq_base"],
+        "rope_theta": metadata.get("llama.rope.freq_base", 10_000.0),
         "max_positions": metadata["llama.context_length"],
         "tie_embeddings": "output.weight" not in file,
     }

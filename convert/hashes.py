@@ -1,14 +1,31 @@
 """sha256 of a file of weights, and the checksums inside it, in one reading."""
 
+import contextlib
 import hashlib
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minigpt4_jax.errors import CheckpointError
 
 CHUNK = 1 << 24
+
+
+@contextlib.contextmanager
+def beside(files: Iterable[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hashes files while the caller works with them; yields a function that waits for
+    the digests, or raises what is wrong with a file."""
+    # One thread: reading is what takes the time, and two would read in turns.
+    with ThreadPoolExecutor(1) as pool:
+        sums = {file: pool.submit(sha256, file) for file in dict.fromkeys(files)}
+        try:
+            yield lambda: {file: future.result() for file, future in sums.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def sha256(path: Path) -> str:

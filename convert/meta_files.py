@@ -34,7 +34,7 @@ NAMES = (
 
 def read(path: Path) -> Source:
     """A Meta folder as a source with Hugging Face's names and config."""
-    files = sorted(path.glob("consolidated.*.pth"))
+    files = sorted(path.glob("consolidated.[0-9][0-9].pth"))
     numbers = [int(file.name.split(".")[1]) for file in files]
     if numbers != list(range(len(files))):
         raise CheckpointError(
@@ -115,6 +115,10 @@ def halves(array: np.ndarray, heads: int) -> np.ndarray:
 def _config(params: dict, where: Path) -> dict:
     """What config.json would say."""
     heads = int(number(params, "n_heads", where))
+    if params.get("use_scaled_rope"):
+        raise CheckpointError(
+            f"{where} asks for scaled rotary angles; want a LLaMA without them"
+        )
     return {
         "model_type": "llama",
         "hidden_size": int(number(params, "dim", where)),

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ KEEP = "keep"
 DTYPES = (KEEP, "bfloat16", "float32")
 # Small and trained in float32; a 16-bit copy of them saves nothing.
 ALWAYS_FLOAT32 = r"projector/.*|(.*/)?(\w*norm\d?|ln_vision)/(scale|bias)"
-POSITIONS = r"(visual_encoder\.|vision_model\.embeddings\.|backbone\.embeddings\.)?"
-POSITIONS += r"(pos_embed|position_embeddings?)"
+POSITIONS = r"(visual_encoder\.)?pos_embed|"
+POSITIONS += r"((vision_model|backbone)\.)?embeddings\.position_embeddings?"
 
 
 def define_flags() -> None:
@@ -107,20 +106,12 @@ class Conversion:
             raise InputError(f"--out: {out} exists; name another, or remove it")
         arrays = self.arrays()
         tokenizer = self._tokenizer()
-        # One thread: reading is what takes the time, and two would read in turns.
-        with ThreadPoolExecutor(1) as pool:
-            sums = {
-                (part, file): pool.submit(hashes.sha256, file)
-                for part, source in self.files.items()
-                for file in source.files
-            }
-            try:
-                storage.save_directory(
-                    out, arrays, self.config, tokenizer, lambda: self._manifest(sums)
-                )
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        storage.check_room(out, sum(array.nbytes for array in arrays.values()))
+        files = (file for source in self.files.values() for file in source.files)
+        with hashes.beside(files) as digests:
+            storage.save_directory(
+                out, arrays, self.config, tokenizer, lambda: self._manifest(digests())
+            )
         return out
 
     def _tokenizer(self) -> dict[str, bytes]:
@@ -158,15 +149,16 @@ class Conversion:
             for part, source in self.files.items()
         }
 
-    def _manifest(self, sums: Mapping) -> dict[str, Any]:
+    def _manifest(self, digests: Mapping[Path, str]) -> dict[str, Any]:
         listed = [
             {
                 "part": part,
                 "file": file.name,
                 "bytes": file.stat().st_size,
-                "sha256": future.result(),
+                "sha256": digests[file],
             }
-            for (part, file), future in sums.items()
+            for part, source in self.files.items()
+            for file in source.files
         ]
         rules = {"format": locate.FORMAT, "dtype": self.dtype}
         decides = [self.config.to_dict(), [s["sha256"] for s in listed], rules]
@@ -209,12 +201,14 @@ def prepare(
         CheckpointError: a file is damaged or another one than it should be; says which.
     """
     files = {part: sources.read(path) for part, path in given.items() if path}
-    folders = [Path(given["llama"])] if given.get("llama") else []
+    folders = [files["llama"].path] if "llama" in files else []
     if delta is not None and folders:
         files["llama"] = vicuna.added(files["llama"], sources.read(delta))
-        folders.insert(0, Path(delta))
+        folders.insert(0, files["llama"].path)
     found = {part: variants.find(source, part) for part, source in files.items()}
     config = fit.settle(preset, found)
+    for doubt in fit.doubts(config, found):
+        logger.warning("uncertain: %s", doubt)
     needed = [p for p in fit.needed(config) if not (no_projector and p == "projector")]
     absent = [variants.FLAGS[part] for part in needed if part not in files]
     if absent:

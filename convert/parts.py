@@ -38,6 +38,11 @@ _TOWER = Drop(
     r"(visual_encoder\..*|vision_model\.(embeddings|encoder)\..*)",
     "the vision tower; --vit takes it",
 )
+_FIRST_STAGE = Drop(
+    r"(vision_proj|text_proj|itm_head)\.(weight|bias)|temp",
+    "heads of BLIP-2's first stage, which compare images with texts",
+)
+_INSTRUCT = Drop(r"llm_proj\.(weight|bias)", "InstructBLIP's projector to Vicuna 1.1")
 _HF_TEXT = (
     Drop(
         r"qformer\.embeddings\.(word_embeddings|position_embeddings)\.weight|"
@@ -108,7 +113,7 @@ def _vit_table(source: Source) -> Table:
 
 def _qformer_table(source: Source) -> Table:
     if _any(r"(Qformer\.)?bert\..*", source):
-        return (*BESIDE, _TOWER, _DECODER, *qformer.LAVIS)
+        return (*BESIDE, _TOWER, _DECODER, _FIRST_STAGE, _INSTRUCT, *qformer.LAVIS)
     return (*BESIDE, _TOWER, _DECODER, *_HF_TEXT, *qformer.HF)
 
 

@@ -94,9 +94,10 @@ def _folder(path: Path) -> Source:
 
         return read_meta(path)
     config = json_file(path / "config.json") if (path / "config.json").exists() else {}
-    for name in INDEXES:
-        if (path / name).exists():
-            return _sharded(path, path / name, config)
+    indexes = [path / name for name in INDEXES if (path / name).exists()]
+    if indexes:
+        # A download may have left out one kind of shards, but not their index.
+        return _sharded(path, min(indexes, key=_lacks_shards), config)
     for name in SINGLES:
         if (path / name).exists():
             return Source(path, _file(path / name), [path / name], config)
@@ -104,6 +105,15 @@ def _folder(path: Path) -> Source:
     raise CheckpointError(
         f"{path}: no weights that can be read; want {', '.join(INDEXES + SINGLES)} or "
         f"consolidated.00.pth, found {here}"
+    )
+
+
+def _lacks_shards(index: Path) -> bool:
+    weight_map = json_file(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return not names or any(
+        not isinstance(name, str) or not (index.parent / name).is_file()
+        for name in names
     )
 
 

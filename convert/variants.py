@@ -22,10 +22,13 @@ PUBLISHED = {  # (width of the decoder, input of the projector) -> preset
     (4096, 5632): "minigpt4_llama2_7b",
 }
 DECODERS = {4096: "7B", 5120: "13B", 6656: "30B", 8192: "65B or 70B"}
-HF_DECODERS = {"t5": "FlanT5", "opt": "OPT", "llama": "Vicuna (InstructBLIP)"}
+HF_DECODERS = {"t5": "FlanT5", "opt": "OPT"}
 T5_SIZES = {2048: "-XL", 4096: "-XXL"}
-OTHERS = ("OPT", "FlanT5-XL (", "Vicuna")  # Q-Formers that no projector of ours knows
+OTHERS = ("OPT", "FlanT5-XL (")  # Q-Formers that no published projector knows
 V0_VOCABULARY = 32_001  # LLaMA's 32,000 and the pad row that Vicuna v0 adds
+INSTRUCT = "InstructBLIP"
+BLIP2_STAGE_1 = "BLIP-2's first stage"
+FIRST_STAGE = r"(vision_proj|text_proj|itm_head)\..*"  # heads that only it trains
 # Norms of a trained decoder end near 1; a difference of two is far below.
 DELTA_NORM = 0.2
 
@@ -149,7 +152,13 @@ def _qformer(source: Source) -> Part | None:
     }
     decoder = _trained_for(source)
     says = f"a Q-Former of {len(layers)} layers and {queries} queries"
-    says += f" out of BLIP-2 for {decoder}" if decoder else ""
+    if _instructed(source):
+        says += f" out of {INSTRUCT}"
+        decoder = ""
+    elif any(re.fullmatch(FIRST_STAGE, name) for name in source):
+        says += f" out of {BLIP2_STAGE_1}"
+    else:
+        says += f" out of BLIP-2 for {decoder}" if decoder else ""
     notes = ()
     if decoder.startswith(OTHERS):
         notes = (
@@ -159,6 +168,15 @@ def _qformer(source: Source) -> Part | None:
     return Part("qformer", sizes, says, notes=notes)
 
 
+def _instructed(source: Source) -> bool:
+    """InstructBLIP's Q-Former reads the instruction too, so its words are there."""
+    return (
+        source.config.get("model_type") == "instructblip"
+        or "qformer.embeddings.word_embeddings.weight" in source
+        or "llm_proj.weight" in source
+    )
+
+
 def _trained_for(source: Source) -> str:
     """The decoder that a BLIP-2 Q-Former was trained for, by its old projector."""
     text = source.config.get("text_config") or {}
@@ -166,7 +184,6 @@ def _trained_for(source: Source) -> str:
     for name, decoder in (
         ("t5_proj.weight", "FlanT5"),
         ("opt_proj.weight", "OPT"),
-        ("llm_proj.weight", "Vicuna (InstructBLIP)"),
         ("language_projection.weight", HF_DECODERS.get(kind, "another decoder")),
     ):
         if name in source:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from convert import sources, torch_files, variants
+from convert import hashes, sources, torch_files, variants
+from convert.casting import finite
 from convert.sources import Source
 from convert.tensors import Tensor
 from minigpt4_jax import storage
@@ -51,15 +52,17 @@ def merge(base: Path, delta: Path, out: Path) -> Path:
     """Writes base + delta as a Hugging Face folder; returns it."""
     if out.exists():
         raise InputError(f"--out: {out} exists; name another folder, or remove it")
+    base, delta = base.expanduser(), delta.expanduser()
     total = added(sources.read(base), sources.read(delta))
     storage.check_room(out, sum(tensor.nbytes for tensor in total.values()))
-    with storage.whole(out) as folder:
+    with hashes.beside(total.files) as digests, storage.whole(out) as folder:
         write_hugging_face(folder, total)
         for file in tokenizer_files(delta, base):
             shutil.copyfile(file, folder / file.name)
         for name in ("config.json", "generation_config.json"):
             if (delta / name).exists():
                 shutil.copyfile(delta / name, folder / name)
+        digests()  # a damaged file ends the merge before its folder has a name
     return out
 
 
@@ -89,11 +92,13 @@ def added(base: Source, delta: Source) -> Source:
             f"{v + 1}"
         )
     kept = {n: t for n, t in delta.items() if not n.endswith("rotary_emb.inv_freq")}
-    absent = [name for name in kept if name not in base]
-    if absent:
-        raise CheckpointError(
-            f"{base.path} lacks {len(absent)} tensors of the delta ({absent[0]}, ...)"
-        )
+    theirs = {name for name in base if not name.endswith("rotary_emb.inv_freq")}
+    for source, names in ((base, kept.keys() - theirs), (delta, theirs - kept.keys())):
+        if names:
+            raise CheckpointError(
+                f"{source.path} lacks {len(names)} tensors of the other "
+                f"({min(names)}, ...); base and delta must hold the same ones"
+            )
     tensors = {name: _sum(name, base[name], tensor) for name, tensor in kept.items()}
     return Source(delta.path, tensors, [*base.files, *delta.files], delta.config)
 
@@ -110,7 +115,13 @@ def _sum(name: str, base: Tensor, delta: Tensor) -> Tensor:
         start = np.asarray(base).astype(delta.dtype, copy=False)
         if base.shape != delta.shape:
             start = np.concatenate([start, np.zeros_like(start[:1])])
-        return torch_files.add(start, np.asarray(delta))
+        total = torch_files.add(start, np.asarray(delta))
+        if not finite(total):
+            raise CheckpointError(
+                f"{name}: base + delta has NaN or infinite values; one of the files is "
+                "damaged, or they are no pair"
+            )
+        return total
 
     return Tensor(delta.shape, delta.dtype, values)
 

@@ -326,5 +326,7 @@ def blip2_folder(folder: Path, theirs: parity.Whole, instruct: bool = False) -> 
         state["qformer.encoder.layer.0.intermediate.dense.weight"] = torch.ones(3, 2)
         state["qformer.encoder.layer.0.output.LayerNorm.bias"] = torch.ones(width)
     save_file({k: v.clone() for k, v in state.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
+    kind = ("instructblip", "llama") if instruct else ("blip-2", "t5")
+    config = {"model_type": kind[0], "text_config": {"model_type": kind[1]}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -9,7 +9,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 
-from convert import model
+from convert import model, sources, variants
 from minigpt4_jax.errors import CheckpointError
 from tests import parity, published
 
@@ -55,17 +55,23 @@ def k_quant_blocks(rows: int, columns: int) -> np.ndarray:
     return blocks.reshape(rows, -1)
 
 
-def write(path, cfg, state: dict[str, torch.Tensor], architecture="llama") -> dict:
-    """The file; returns the values it holds by Hugging Face's names."""
+def write(
+    path, cfg, state: dict[str, torch.Tensor], architecture="llama", more=True
+) -> dict:
+    """The file; returns the values it holds by Hugging Face's names.
+
+    more: with the metadata that early files lack.
+    """
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_embedding_length(cfg.width)
     writer.add_block_count(cfg.num_layers)
     writer.add_feed_forward_length(cfg.mlp_width)
     writer.add_head_count(cfg.num_heads)
-    writer.add_head_count_kv(cfg.num_kv_heads)
     writer.add_layer_norm_rms_eps(cfg.eps)
-    writer.add_rope_freq_base(cfg.rope_theta)
-    writer.add_rope_dimension_count(cfg.head_size)
+    if more:
+        writer.add_head_count_kv(cfg.num_kv_heads)
+        writer.add_rope_freq_base(cfg.rope_theta)
+        writer.add_rope_dimension_count(cfg.head_size)
     writer.add_context_length(cfg.max_positions)
     held = {}
     for name, tensor in state.items():
@@ -119,6 +125,36 @@ def test_a_gguf_decoder_becomes_part_of_a_model(tmp_path):
     k_proj = held["model.layers.0.self_attn.k_proj.weight"].numpy()
     np.testing.assert_array_equal(k_DGK.reshape(64, -1), k_proj.T)
     assert arrays["llama/head/kernel"].shape == (64, 311)
+
+
+def test_what_is_16_bit_stays_so(tmp_path):
+    theirs = parity.Whole(CFG, seed=11)
+    path = tmp_path / "llm.gguf"
+    held = write(path, CFG.llama, theirs.decoder.state_dict())
+    source = sources.read(path)
+    assert source["token_embd.weight"].dtype == np.float16
+    got = np.asarray(source["token_embd.weight"])
+    assert got.dtype == np.float16
+    np.testing.assert_array_equal(got, held["model.embed_tokens.weight"].numpy())
+    assert source["blk.0.ffn_up.weight"].dtype == np.float32  # Q8_0
+    assert source["blk.0.attn_norm.weight"].dtype == np.float32
+
+
+def test_early_files_have_less_metadata(tmp_path):
+    cfg = dataclasses.replace(CFG.llama, num_kv_heads=CFG.llama.num_heads)
+    theirs = parity.Whole(dataclasses.replace(CFG, llama=cfg), seed=11)
+    path = tmp_path / "llm.gguf"
+    write(path, cfg, theirs.decoder.state_dict(), more=False)
+    sizes = variants.llama_sizes(sources.read(path))
+    assert sizes == dataclasses.asdict(cfg)
+
+
+def test_scaled_rotary_angles_are_refused(tmp_path):
+    state = parity.Whole(CFG, seed=11).decoder.state_dict()
+    path = tmp_path / "llm.gguf"
+    write(path, CFG.llama, state | {"rope_freqs.weight": torch.ones(8)})
+    with pytest.raises(CheckpointError, match="scaled rotary"):
+        variants.llama_sizes(sources.read(path))
 
 
 def test_another_architecture_in_a_gguf_file_is_refused(tmp_path):

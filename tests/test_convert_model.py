@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert import casting, model
+from convert import casting, doctor, hashes, model
 from minigpt4_jax import checkpoint, storage
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.generator import Generator
@@ -122,13 +123,40 @@ def test_a_bfloat16_folder_stays_bfloat16_and_the_model_answers(tmp_path):
 
 @pytest.mark.parametrize("instruct", [False, True])
 def test_a_hugging_face_blip2_gives_the_tower_and_the_qformer(
-    vicuna, tmp_path, instruct
+    vicuna, tmp_path, instruct, caplog, monkeypatch
 ):
     theirs, files, preset = vicuna
     folder = published.blip2_folder(tmp_path / "hf", theirs, instruct)
     given = files | {"vit": folder, "qformer": folder}
+    made, hashed = model.prepare(preset, given), []
+    assert instruct == ("out of InstructBLIP: good for training" in caplog.text)
+    sha256 = hashes.sha256
+    monkeypatch.setattr(hashes, "sha256", lambda f: hashed.append(f) or sha256(f))
+    out = made.write(tmp_path / "out")
+    assert_same_model(out, theirs, published.VICUNA)
+    assert len(hashed) == len(set(hashed)) == 4  # the folder's file once, two shards
+
+
+def test_a_tower_of_bare_names_and_a_path_from_home(vicuna, tmp_path, monkeypatch):
+    theirs, files, preset = vicuna
+    torch.save(theirs.vision.state_dict(), tmp_path / "tower.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(files["llama"], tmp_path / "llm")
+    given = files | {"vit": "~/tower.pth", "llama": "~/llm"}
     out = model.prepare(preset, given).write(tmp_path / "out")
     assert_same_model(out, theirs, published.VICUNA)
+
+
+def test_a_qformer_of_blip2s_first_stage_is_taken_with_a_word(vicuna, tmp_path, caplog):
+    theirs, files, preset = vicuna
+    state = published.blip2(theirs)["model"]
+    state = {k: v for k, v in state.items() if not k.startswith("t5_proj")}
+    state |= {"vision_proj.weight": torch.ones(3, 20), "temp": torch.ones(())}
+    state |= {"text_proj.bias": torch.ones(3), "itm_head.weight": torch.ones(2, 20)}
+    torch.save({"model": state}, tmp_path / "blip2_pretrained.pth")
+    made = model.prepare(preset, files | {"qformer": tmp_path / "blip2_pretrained.pth"})
+    assert "BLIP-2's first stage: good for training" in caplog.text
+    assert_same_model(made.write(tmp_path / "out"), theirs, published.VICUNA)
 
 
 def test_the_tower_inside_a_lavis_file_is_taken(vicuna, tmp_path):
@@ -348,6 +376,7 @@ def test_frozen_weights_alone_are_for_training_a_projector(vicuna, tmp_path):
     assert not any(name.startswith("projector/") for name in stored(out))
     with pytest.raises(CheckpointError, match="projector/kernel: absent"):
         checkpoint.load_model(out)
+    assert doctor.examine([out]).problems == []
     drawn = checkpoint.load_model(out, absent=(r"projector/.*",), seed=3)
     assert np.asarray(drawn.projector.kernel[...]).std() > 0
 

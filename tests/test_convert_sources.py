@@ -4,6 +4,7 @@ Each fault is one CheckpointError that names the file and says what to do.
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -221,12 +222,71 @@ def test_pairs_that_are_no_base_and_delta_are_refused_in_words():
         "itself; want the LLaMA": (delta, delta),
         "99 rows for the 97": (base, llama(99, 0.01)),
         "96 rows for the 97": (base, llama(96, 0.01)),
-        "lacks 1 tensors of the delta": (base, llama(98, 0.01, layers=3)),
+        "llama_97_1.0 lacks 1 tensors": (base, llama(98, 0.01, layers=3)),
+        "llama_98_0.01 lacks 1 tensors": (base, llama(98, 0.01, layers=1)),
         "are they of one size": (base, llama(98, 0.01, width=24)),
     }
     for words, pair in cases.items():
         with pytest.raises(CheckpointError, match=words):
             vicuna.added(*pair)
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """Folders of a tiny LLaMA and of a delta."""
+    state = parity.Whole(ODD, seed=1).decoder.state_dict()
+    small = {name: 0.01 * tensor for name, tensor in state.items()}
+    base = published.hugging_face(tmp_path / "base", ODD.llama, state)
+    return base, published.hugging_face(tmp_path / "delta", ODD.llama, small, shards=1)
+
+
+def test_a_sum_that_is_no_number_ends_the_merge(pair, tmp_path):
+    base, delta = pair
+    values = torch.load(delta / "pytorch_model.bin")
+    values["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.inf
+    torch.save(values, delta / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight: base \+ delta has NaN"
+    ):
+        vicuna.merge(base, delta, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_a_damaged_base_ends_the_merge(pair, tmp_path):
+    base, delta = pair
+    flip_a_byte(base / "pytorch_model-1.bin")
+    with pytest.raises(CheckpointError, match="has checksum"):
+        vicuna.merge(base, delta, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def flip_a_byte(path: Path) -> None:
+    """Change a value inside the largest record of a torch file."""
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    data[record.header_offset + 30 + len(record.filename) + record.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_index_whose_shards_were_left_out_gives_way_to_the_other(tmp_path):
+    state = parity.Whole(ODD, seed=1).decoder.state_dict()
+    folder = published.hugging_face(tmp_path / "llm", ODD.llama, state)
+    orphan = {"weight_map": {name: "model-1.safetensors" for name in state}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(orphan))
+    assert {file.suffix for file in sources.read(folder).files} == {".bin"}
+
+
+def test_a_second_download_beside_metas_shards_is_no_shard(meta):
+    (meta / "consolidated.00 (1).pth").write_bytes(b"")
+    assert len(sources.read(meta).files) == 2
+
+
+def test_metas_scaled_rotary_angles_are_refused(meta):
+    params = json.loads((meta / "params.json").read_text())
+    (meta / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
+    with pytest.raises(CheckpointError, match="scaled rotary"):
+        sources.read(meta)
 
 
 def test_a_merged_folder_is_not_written_over(tmp_path):
