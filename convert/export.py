@@ -8,7 +8,6 @@ checkpoint for its `model.ckpt`, a Hugging Face folder of the decoder for its
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ def write_checkpoint(model: Stored, tensors: Source, out: Path) -> None:
     part = out.with_name(f".{out.name}.part")
     try:
         torch_files.save(part, values)
-        os.replace(part, out)
+        storage.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
     logger.info("%s: %s", out, ", ".join(sorted(tensors)[:4]))

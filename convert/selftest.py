@@ -6,9 +6,10 @@ which the template's end must be likely, and one question about two images.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ import numpy as np
 from convert.casting import finite
 from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.data.images import preprocess
-from minigpt4_jax.data.prompts import find_template, render
+from minigpt4_jax.data.prompts import Template, find_template, render
 from minigpt4_jax.data.tokens import lay_out, load_tokenizer
 from minigpt4_jax.errors import CheckpointError
-from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.layers import BRANCHES, DTypes, attention_mask, layer
+from minigpt4_jax.models.llama import rotary_angles
 from minigpt4_jax.request import Message, user
 
 PASSED, UNCERTAIN, FAILED = "passed", "uncertain", "failed"
@@ -43,10 +45,15 @@ ANSWERS = (
     ("How many days are in a week?", "There are seven days in a week."),
     ("What colour is the sky on a clear day?", "On a clear day the sky is blue."),
 )
-# After these SmolLM2 puts its own template's end first each time. A model that does not
-# know the template copies its marks from the prompt: SmolLM2 puts v0's ### at 2, 3, 3;
-# inside an answer an end is beyond 1,000.
+# After these SmolLM2 puts its own template's end token first each time; inside an answer
+# it is beyond 1,000.
 LIKELY = 50
+# A mark stands in the prompt, whence a model that was not taught it copies it: SmolLM2
+# ends answers of v0 with ### at 0.09 (median), and as readily with marks that nobody
+# taught it, at 0.12. After 60 steps on 23 dialogues in Vicuna v0's format it is 0.95 and
+# 0.45: odds 26 times as high, before 0.7 times.
+INVENTED = ("%%%", "===", "$$$")
+TAUGHT, TIMES_AS_HIGH = 0.5, 4.0
 # The demo's log-probabilities differ by 0.4 (root of the mean square) between the two
 # images; float32 rounding makes 1e-5.
 LEAST_CHANGE = 1e-3
@@ -122,12 +129,27 @@ class Forward:
         )
 
     @cached_property
+    def templates(self) -> list[Template]:
+        """The model's own, and where a mark ends answers, the same with other marks."""
+        if not self.template.stop:
+            return [self.template]
+        return [self.template, *(_marked(self.template, mark) for mark in INVENTED)]
+
+    @cached_property
     def rows(self) -> list[tuple[list[int], list[bool]]]:
-        """Ids and slots: the text, an open answer each, one question for each image."""
+        """Ids and slots: the text, open answers (a newline behind), two images' question."""
         question = [user("Describe this image.", picture(0))]
-        answers = [[user(q), Message("assistant", a)] for q, a in ANSWERS]
-        prompts = [render(self.template, m) for m in (*answers, question, question)]
-        return [self._lay_out(segments) for segments in ([TEXT], *prompts)]
+        rows = [self._lay_out([TEXT])]
+        for template in self.templates:
+            for q, a in ANSWERS:
+                said = render(template, [user(q), Message("assistant", a)])
+                ids, slots = self._lay_out(said)
+                rows.append(([*ids, self.newline], [*slots, False]))
+        return rows + 2 * [self._lay_out(render(self.template, question))]
+
+    @cached_property
+    def newline(self) -> int:
+        return self.tokenizer.encode("\n")[-1]
 
     def _lay_out(self, segments) -> tuple[list[int], list[bool]]:
         return lay_out(segments, self.tokenizer, self.cfg.num_slots)
@@ -141,8 +163,7 @@ class Forward:
         for b, (ids, slots) in enumerate(self.rows):
             ids_BT[b, : len(ids)], slots_BT[b, : len(ids)] = ids, slots
         pixels_BHWC = np.stack([preprocess(picture(i), self.cfg.vit) for i in (0, 1)])
-        log_probs = _log_probs(self.model, ids_BT, slots_BT, jnp.asarray(pixels_BHWC))
-        return np.asarray(log_probs)
+        return np.asarray(log_probs(self.model, ids_BT, slots_BT, pixels_BHWC))
 
     def perplexity(self) -> Result:
         """Whether the decoder reads English as one of its kind does."""
@@ -163,29 +184,60 @@ class Forward:
 
     def ends(self) -> Result:
         """Whether finished answers are followed by what ends them in the template."""
-        stop, eos = self.template.stop, self.cfg.eos_ids
-        places, own = [], []
-        for b, (question, answer) in enumerate(ANSWERS, start=1):
-            open_ids = self.rows[b][0]
-            turns = [user(question), Message("assistant", answer), user("Thank you.")]
-            closed, _ = self._lay_out(render(self.template, turns))
-            # A tokenizer may join the answer's last letters with the end.
-            n = next(i for i, x in enumerate(closed) if [x] != open_ids[i : i + 1])
-            log_probs_V = self.log_probs_BTV[b, n - 1]
-            places.append(_rank(log_probs_V, [closed[n]] if stop else eos))
-            own.append(_rank(log_probs_V, eos))
-        middle = sorted(places)[len(places) // 2]
-        end = repr(stop[0]) if stop else "its end token"
-        says = (
-            f"{end} is at {', '.join(map(str, places))} among continuations of answers"
-        )
-        if middle == 1:
+        last = [len(ids) - 2 for ids, _ in self.rows[1 : 1 + len(ANSWERS)]]
+        own = [
+            _rank(self.log_probs_BTV[b, t], self.cfg.eos_ids)
+            for b, t in enumerate(last, start=1)
+        ]
+        first = median(own) == 1
+        if self.template.stop:
+            places, known, says = self._mark()
+        else:
+            places, known = own, first
+            says = f"its end token is at {_listed(own)} among continuations of answers"
+        if known:
             return Result("stop string", PASSED, says)
-        if sorted(own)[len(own) // 2] == 1:
+        if self.template.stop and first:
             says += "; its end token is first, as in Vicuna v1.1 and chat models"
         says += f"; does the decoder know the template {self.template.name}? "
         says += "A base model does not, nor does Vicuna of another version"
-        return Result("stop string", UNCERTAIN if middle <= LIKELY else FAILED, says)
+        state = UNCERTAIN if median(places) <= LIKELY else FAILED
+        return Result("stop string", state, says)
+
+    def _mark(self) -> tuple[list[int], bool, str]:
+        """Places of the template's mark, whether it was taught, and that in words."""
+        ends = [
+            self._ending(1 + i, self.templates[i // len(ANSWERS)], i % len(ANSWERS))
+            for i in range(len(self.templates) * len(ANSWERS))
+        ]
+        groups = [ends[i : i + len(ANSWERS)] for i in range(0, len(ends), len(ANSWERS))]
+        mine, *others = (median(chance for _, chance in group) for group in groups)
+        copied = max(others)
+        places = [place for place, _ in groups[0]]
+        says = (
+            f"{self.template.stop[0]!r} is at {_listed(places)} among continuations of "
+            f"answers, its probability {mine:.2f}, of marks never taught {copied:.2f}"
+        )
+        known = mine >= TAUGHT and _odds(mine) >= TIMES_AS_HIGH * _odds(copied)
+        return places, known, says
+
+    def _ending(self, b: int, template: Template, answer: int) -> tuple[int, float]:
+        """Place and probability of the mark behind an answer, or on the line below it.
+
+        Vicuna v0 learned a newline before ###; the reference's template has none.
+        """
+        (question, said), ids = ANSWERS[answer], self.rows[b][0]
+        turns = [user(question), Message("assistant", said), user("Thank you.")]
+        closed, _ = self._lay_out(render(template, turns))
+        # A tokenizer may join the answer's last letters with the mark.
+        n = next(i for i, x in enumerate(closed) if [x] != ids[i : i + 1])
+        behind_V, over_V, below_V = self.log_probs_BTV[
+            b, [n - 1, len(ids) - 2, len(ids) - 1]
+        ]
+        mark = closed[n]
+        below = over_V[self.newline] + below_V[mark]
+        chance = float(np.exp(behind_V[mark]) + np.exp(below))
+        return min(_rank(behind_V, [mark]), _rank(below_V, [mark])), chance
 
     def images(self) -> Result:
         """Whether what is shown changes what is said."""
@@ -199,13 +251,49 @@ class Forward:
         return Result("image", FAILED, says)
 
 
-@jax.jit
-def _log_probs(model, ids_BT, slots_BT, pixels_BHWC):
-    """Of rows of which the last are about one image each."""
-    image_BQD = model.encode_image(pixels_BHWC)
+def log_probs(model, ids_BT, slots_BT, pixels_BHWC):
+    """Of rows of which the last are about one image each.
+
+    Layer after layer: one program of all layers holds, on a CPU, a float32 copy of
+    every bfloat16 weight at once (30 GB for 7B).
+    """
+    llama = model.llama
+    image_BQD = _encode(model, pixels_BHWC)
     without = ids_BT.shape[0] - image_BQD.shape[0]
     image_BQD = jnp.pad(image_BQD, [(without, 0), (0, 0), (0, 0)])
-    return jax.nn.log_softmax(model(ids_BT, slots_BT, image_BQD))
+    x_BTD = model.embed_prompt(ids_BT, slots_BT, image_BQD)
+    for i in range(llama.cfg.num_layers):
+        x_BTD = _block(llama.blocks, i, x_BTD, llama.cfg)
+    return jax.nn.log_softmax(llama.logits(llama.norm(x_BTD)))
+
+
+@jax.jit
+def _encode(model, pixels_BHWC):
+    return model.encode_image(pixels_BHWC)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _block(blocks, i, x_BTD, cfg):
+    segments_BT = jnp.full(x_BTD.shape[:2], BRANCHES, jnp.int32)
+    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    mask_BTT = attention_mask(segments_BT, positions_BT, segments_BT, positions_BT)
+    return layer(blocks, i)(x_BTD, rotary_angles(positions_BT, cfg), mask_BTT)[0]
+
+
+def _marked(template: Template, mark: str) -> Template:
+    """The template with another mark for its stop string."""
+    old = template.stop[0]
+    texts = {f.name: getattr(template, f.name) for f in fields(template)}
+    changed = {k: v.replace(old, mark) for k, v in texts.items() if isinstance(v, str)}
+    return replace(template, **changed, stop=(mark,), fragile=(mark,))
+
+
+def _odds(chance: float) -> float:
+    return chance / max(1.0 - chance, 1e-6)
+
+
+def _listed(places: list[int]) -> str:
+    return ", ".join(map(str, places))
 
 
 def _rank(log_probs_V: np.ndarray, ids) -> int:

@@ -154,6 +154,11 @@ def write_safetensors(
             written[name] += piece.nbytes
             advance(piece.nbytes)
         assert all(written[name] == arrays[name].nbytes for name in names)
+    replace(part, path)
+
+
+def replace(part: Path, path: Path) -> None:
+    """Renames a finished file, when it is on disk, to the name it is to have."""
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
