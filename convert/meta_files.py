@@ -36,6 +36,10 @@ def read(path: Path) -> Source:
     """A Meta folder as a source with Hugging Face's names and config."""
     files = sorted(path.glob("consolidated.[0-9][0-9].pth"))
     numbers = [int(file.name.split(".")[1]) for file in files]
+    if not numbers:
+        raise CheckpointError(
+            f"{path}: want shards consolidated.00.pth and on; fetch them again"
+        )
     if numbers != list(range(len(files))):
         raise CheckpointError(
             f"{path}: shards {numbers} are there, want 0 to {max(numbers)}; fetch the "
@@ -61,11 +65,25 @@ def read(path: Path) -> Source:
         theirs, axis = _name(name)
         rotary = next((n for part, n in turned.items() if part in theirs), None)
         parts = [shard[name] for shard in shards]
+        _check_parts(path, name, parts, axis)
         tensors[theirs] = _joined(parts, axis, rotary)
     _check_width(path, tensors, config["hidden_size"], len(files))
     if gate := tensors.get("model.layers.0.mlp.gate_proj.weight"):
         config["intermediate_size"] = gate.shape[0]  # params.json leaves it open
     return Source(path, tensors, files, config)
+
+
+def _check_parts(path: Path, name: str, parts: list[Tensor], axis: int | None) -> None:
+    """Raise unless they differ in nothing but their length along the axis."""
+    alike = {
+        (part.dtype, *(n for i, n in enumerate(part.shape) if i != axis))
+        for part in parts
+    }
+    if len(alike) > 1:
+        shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
+        raise CheckpointError(
+            f"{path}: {name} cannot be joined from {shapes}; are the shards of one model?"
+        )
 
 
 def _check_width(path: Path, tensors: dict, dim: int, count: int) -> None:
@@ -115,16 +133,25 @@ def halves(array: np.ndarray, heads: int) -> np.ndarray:
 def _config(params: dict, where: Path) -> dict:
     """What config.json would say."""
     heads = int(number(params, "n_heads", where))
+    if (dim := int(number(params, "dim", where))) % (2 * heads):
+        raise CheckpointError(
+            f"{where}: dim {dim} cannot be split into {heads} heads of an even size"
+        )
     if params.get("use_scaled_rope"):
         raise CheckpointError(
             f"{where} asks for scaled rotary angles; want a LLaMA without them"
         )
+
+    def stated(key: str, default: float) -> float:
+        there = params.get(key) is not None  # LLaMA 1 has neither
+        return number(params, key, where) if there else default
+
     return {
         "model_type": "llama",
-        "hidden_size": int(number(params, "dim", where)),
+        "hidden_size": dim,
         "num_hidden_layers": int(number(params, "n_layers", where)),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(params.get("n_kv_heads") or heads),
+        "num_key_value_heads": int(stated("n_kv_heads", heads)),
         "rms_norm_eps": float(number(params, "norm_eps", where)),
-        "rope_theta": float(params.get("rope_theta") or 10_000.0),
+        "rope_theta": float(stated("rope_theta", 10_000.0)),
     }

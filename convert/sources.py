@@ -5,6 +5,7 @@ Face folder (index and shards), or Meta's folder of `consolidated.*.pth`.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,7 @@ def number(values: Mapping[str, Any], key: str, where: Path) -> Any:
     value = values.get(key)
     if value is None:
         raise CheckpointError(f"{where}: it has no {key}; is it whole?")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf:
         raise CheckpointError(f"{where}: {key} is {value!r}; want a number above 0")
     return value

@@ -45,7 +45,10 @@ def read(path: Path) -> dict[str, Tensor]:
     if inner is not None:
         tensors = {f"beside:{key}": _nothing() for key in loaded if key != inner}
         loaded = loaded[inner]
-    tensors |= dict(_flatten(loaded, path))
+    for name, tensor in _flatten(loaded, path):
+        if name in tensors:
+            raise CheckpointError(f"{path}: {name} is in it twice; which one counts?")
+        tensors[name] = tensor
     if all(name.startswith("beside:") for name in tensors):
         raise CheckpointError(f"{path}: no tensors in it; is this a checkpoint?")
     return tensors
@@ -82,6 +85,8 @@ def _load(path: Path) -> Any:
     torch = _torch()
     zipped = zipfile.is_zipfile(path)
     _check_size(path, zipped)
+    if zipped:
+        _check_stored(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of storages that torch itself still uses
@@ -128,6 +133,25 @@ def _check_size(path: Path, zipped: bool) -> None:
         )
 
 
+def _check_stored(path: Path) -> None:
+    """Raise for a zip file that is compressed: torch would map what is packed in it as
+    weights, and say nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [
+                info.filename
+                for info in archive.infolist()
+                if info.compress_type != zipfile.ZIP_STORED
+            ]
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from error
+    if packed:
+        raise CheckpointError(
+            f"{path}: a compressed zip file ({packed[0]}), which torch does not write; "
+            "unpack what it holds, or fetch the original"
+        )
+
+
 def _flatten(values: Mapping, path: Path, prefix: str = "") -> Iterator:
     """(name, Tensor) of each tensor of a nested dict; other leaves are `beside:` too."""
     for key, value in values.items():
@@ -155,9 +179,10 @@ def _tensor(name: str, value: Any, path: Path) -> Tensor:
         torch.int8: np.int8,
         torch.bool: np.bool_,
     }
-    if value.dtype not in known or value.layout != torch.strided:
+    if value.dtype not in known or value.layout != torch.strided or value.is_meta:
+        kind = "without values" if value.is_meta else value.layout
         raise CheckpointError(
-            f"{path}: {name} is {value.dtype} ({value.layout}); want dense floats"
+            f"{path}: {name} is {value.dtype} ({kind}); want dense floats"
         )
     dtype = np.dtype(known[value.dtype])
 

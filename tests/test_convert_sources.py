@@ -150,48 +150,6 @@ def test_a_number_of_config_json_that_is_none_is_named(tmp_path):
         variants.llama_sizes(sources.read(path))
 
 
-@pytest.fixture
-def meta(tmp_path) -> Path:
-    theirs = parity.Whole(ODD, seed=6)
-    return published.meta(tmp_path / "7B", ODD.llama, theirs.decoder.state_dict(), 2)
-
-
-def test_metas_folder_with_a_shard_missing_says_which(meta):
-    (meta / "consolidated.00.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"shards \[1\] are there, want 0 to 1"):
-        sources.read(meta)
-
-
-def test_metas_last_shard_is_missed_by_the_shapes(meta):
-    """Nothing but the width of params.json tells how many shards there were."""
-    (meta / "consolidated.01.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"dim is 32.*16.*shards"):
-        sources.read(meta)
-
-
-def test_metas_folder_needs_params_json(meta):
-    (meta / "params.json").unlink()
-    with pytest.raises(CheckpointError, match=r"params\.json is absent"):
-        sources.read(meta)
-
-
-@pytest.mark.parametrize("key", ["dim", "n_heads", "n_layers", "norm_eps"])
-def test_a_key_that_params_json_lacks_is_named(key, meta):
-    values = json.loads((meta / "params.json").read_text())
-    del values[key]
-    (meta / "params.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=rf"params\.json.* {key}"):
-        sources.read(meta)
-
-
-def test_metas_shards_of_two_models_are_refused(meta):
-    shard = torch.load(meta / "consolidated.01.pth")
-    del shard["layers.1.ffn_norm.weight"]
-    torch.save(shard, meta / "consolidated.01.pth")
-    with pytest.raises(CheckpointError, match=r"not in every shard \(layers\.1\.ffn"):
-        sources.read(meta)
-
-
 # Deltas.
 
 
@@ -275,18 +233,6 @@ def test_an_index_whose_shards_were_left_out_gives_way_to_the_other(tmp_path):
     orphan = {"weight_map": {name: "model-1.safetensors" for name in state}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(orphan))
     assert {file.suffix for file in sources.read(folder).files} == {".bin"}
-
-
-def test_a_second_download_beside_metas_shards_is_no_shard(meta):
-    (meta / "consolidated.00 (1).pth").write_bytes(b"")
-    assert len(sources.read(meta).files) == 2
-
-
-def test_metas_scaled_rotary_angles_are_refused(meta):
-    params = json.loads((meta / "params.json").read_text())
-    (meta / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
-    with pytest.raises(CheckpointError, match="scaled rotary"):
-        sources.read(meta)
 
 
 def test_a_merged_folder_is_not_written_over(tmp_path):

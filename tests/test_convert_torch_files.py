@@ -203,6 +203,48 @@ def test_a_torch_file_without_weights_says_so(value, tmp_path):
         sources.read(tmp_path / "weights.pth")
 
 
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    """Nested dicts are joined by dots, and numbers become text."""
+    for state in (
+        {"a": {"b": torch.ones(2)}, "a.b": torch.zeros(2)},
+        {1: torch.ones(2), "1": torch.zeros(2)},
+        {"a": torch.ones(2), "x": 3, "beside:x": torch.zeros(2)},
+    ):
+        torch.save(state, tmp_path / "weights.pth")
+        with pytest.raises(CheckpointError, match=r"weights\.pth: .* is in it twice"):
+            sources.read(tmp_path / "weights.pth")
+
+
+def test_a_compressed_zip_file_is_refused(tmp_path):
+    """torch maps what is packed in it as weights, and says nothing."""
+    path, packed = saved(tmp_path / "weights.pth"), tmp_path / "packed.pth"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w") as new:
+        for info in old.infolist():
+            first = info.filename.endswith("data/0")
+            kind = zipfile.ZIP_DEFLATED if first else zipfile.ZIP_STORED
+            new.writestr(info.filename, old.read(info), compress_type=kind)
+        new.writestr("weights/data/9", bytes(10_000))  # so that the mapping is long
+    mapped = torch.load(packed, weights_only=True, mmap=True)["a.weight"]
+    assert not torch.equal(mapped, torch.ones(40, 30))
+    with pytest.raises(CheckpointError, match=r"packed\.pth: a compressed zip file"):
+        sources.read(packed)
+
+
+def test_tensors_without_values_are_named(tmp_path):
+    torch.save({"a": torch.empty(3, device="meta")}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="a is torch.float32 .without values"):
+        sources.read(tmp_path / "weights.pth")
+
+
+def test_a_second_state_dict_beside_the_first_must_be_known(tmp_path):
+    state = {"llama_proj.weight": torch.ones(3, 2), "llama_proj.bias": torch.ones(3)}
+    torch.save({"model": state, "state_dict": state}, tmp_path / "weights.pth")
+    source = sources.read(tmp_path / "weights.pth")
+    wanted = {"projector/kernel": (2, 3), "projector/bias": (3,)}
+    with pytest.raises(CheckpointError, match="beside:state_dict"):
+        rules.plan(parts.tables("projector", source), source, wanted)
+
+
 def test_sparse_and_quantised_tensors_are_named(tmp_path):
     torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "sparse.pth")
     torch.save({"a": torch.ones(3, dtype=torch.complex64)}, tmp_path / "complex.pth")
