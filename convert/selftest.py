@@ -7,22 +7,20 @@ which the template's end must be likely, and one question about two images.
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.casting import finite
+from convert.layerwise import log_probs
 from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.data.images import preprocess
 from minigpt4_jax.data.prompts import Template, find_template, render
 from minigpt4_jax.data.tokens import lay_out, load_tokenizer
 from minigpt4_jax.errors import CheckpointError
-from minigpt4_jax.models.layers import BRANCHES, DTypes, attention_mask, layer
-from minigpt4_jax.models.llama import rotary_angles
+from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.request import Message, user
 
 PASSED, UNCERTAIN, FAILED = "passed", "uncertain", "failed"
@@ -48,12 +46,12 @@ ANSWERS = (
 # After these SmolLM2 puts its own template's end token first each time; inside an answer
 # it is beyond 1,000.
 LIKELY = 50
-# A mark stands in the prompt, whence a model that was not taught it copies it: SmolLM2
-# ends answers of v0 with ### at 0.09 (median), and as readily with marks that nobody
-# taught it, at 0.12. After 60 steps on 23 dialogues in Vicuna v0's format it is 0.95 and
-# 0.45: odds 26 times as high, before 0.7 times.
+# A mark stands in the prompt, whence a model that was not taught it copies it. So marks
+# that no model was taught are asked beside it. SmolLM2 ends answers of v0 with ### at
+# 0.14 (median) and with one of these at 0.07, odds 2.2 times as high; after 60 steps on
+# 23 questions in the format of Vicuna v0's training it is 0.96 and 0.41, 34 times.
 INVENTED = ("%%%", "===", "$$$")
-TAUGHT, TIMES_AS_HIGH = 0.5, 4.0
+TAUGHT, TIMES_AS_HIGH = 0.5, 8.0
 # The demo's log-probabilities differ by 0.4 (root of the mean square) between the two
 # images; float32 rounding makes 1e-5.
 LEAST_CHANGE = 1e-3
@@ -206,11 +204,11 @@ class Forward:
 
     def _mark(self) -> tuple[list[int], bool, str]:
         """Places of the template's mark, whether it was taught, and that in words."""
-        ends = [
-            self._ending(1 + i, self.templates[i // len(ANSWERS)], i % len(ANSWERS))
-            for i in range(len(self.templates) * len(ANSWERS))
+        count = len(ANSWERS)
+        groups = [
+            [self._ending(1 + i * count + k, template, k) for k in range(count)]
+            for i, template in enumerate(self.templates)
         ]
-        groups = [ends[i : i + len(ANSWERS)] for i in range(0, len(ends), len(ANSWERS))]
         mine, *others = (median(chance for _, chance in group) for group in groups)
         copied = max(others)
         places = [place for place, _ in groups[0]]
@@ -235,9 +233,9 @@ class Forward:
             b, [n - 1, len(ids) - 2, len(ids) - 1]
         ]
         mark = closed[n]
-        below = over_V[self.newline] + below_V[mark]
-        chance = float(np.exp(behind_V[mark]) + np.exp(below))
-        return min(_rank(behind_V, [mark]), _rank(below_V, [mark])), chance
+        behind, below = behind_V[mark], over_V[self.newline] + below_V[mark]
+        place = _rank(behind_V if behind > below else below_V, [mark])
+        return place, float(np.exp(behind) + np.exp(below))
 
     def images(self) -> Result:
         """Whether what is shown changes what is said."""
@@ -249,35 +247,6 @@ class Forward:
             return Result("image", PASSED, says)
         says += "; is the projector trained, and of this decoder?"
         return Result("image", FAILED, says)
-
-
-def log_probs(model, ids_BT, slots_BT, pixels_BHWC):
-    """Of rows of which the last are about one image each.
-
-    Layer after layer: one program of all layers holds, on a CPU, a float32 copy of
-    every bfloat16 weight at once (30 GB for 7B).
-    """
-    llama = model.llama
-    image_BQD = _encode(model, pixels_BHWC)
-    without = ids_BT.shape[0] - image_BQD.shape[0]
-    image_BQD = jnp.pad(image_BQD, [(without, 0), (0, 0), (0, 0)])
-    x_BTD = model.embed_prompt(ids_BT, slots_BT, image_BQD)
-    for i in range(llama.cfg.num_layers):
-        x_BTD = _block(llama.blocks, i, x_BTD, llama.cfg)
-    return jax.nn.log_softmax(llama.logits(llama.norm(x_BTD)))
-
-
-@jax.jit
-def _encode(model, pixels_BHWC):
-    return model.encode_image(pixels_BHWC)
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _block(blocks, i, x_BTD, cfg):
-    segments_BT = jnp.full(x_BTD.shape[:2], BRANCHES, jnp.int32)
-    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-    mask_BTT = attention_mask(segments_BT, positions_BT, segments_BT, positions_BT)
-    return layer(blocks, i)(x_BTD, rotary_angles(positions_BT, cfg), mask_BTT)[0]
 
 
 def _marked(template: Template, mark: str) -> Template:
