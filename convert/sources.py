@@ -66,7 +66,8 @@ def read(path: str | Path) -> Source:
         return _folder(path)
     if not path.exists():
         raise CheckpointError(f"no file or folder at {path}; is the path right?")
-    return Source(path, _file(path), [path], _metadata(path))
+    tensors = _file(path)
+    return Source(path, tensors, [path], getattr(tensors, "metadata", {}))
 
 
 def _file(path: Path) -> Mapping[str, Any]:
@@ -79,14 +80,6 @@ def _file(path: Path) -> Mapping[str, Any]:
 
         return GGUFFile(path)
     return torch_files.read(path)
-
-
-def _metadata(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".gguf":
-        from convert.gguf_files import GGUFFile
-
-        return GGUFFile(path).metadata
-    return {}
 
 
 def _folder(path: Path) -> Source:

@@ -40,6 +40,8 @@ class Part:
     Attributes:
         sizes: fields of the part's preset that the tensors (or config.json) tell.
         says: what it is, for people.
+        delta: a difference of two decoders, not one itself.
+        notes: why no preset can be made with it, each with what to do.
     """
 
     name: str
