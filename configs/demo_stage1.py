@@ -1,7 +1,7 @@
 r"""Stage 1 of the demo's connector: align on captions, no prompt.
 
-python -m minigpt4_jax.train --config configs/demo_stage1.py --data DIR \
-    --workdir WORK/stage1 --features WORK/features --config.init WORK/warmup
+python -m minigpt4_jax.train --config configs/demo_stage1.py --workdir WORK/stage1 \
+    --config.data.photos.path=DIR/train --config.val=DIR/val --config.init=WORK/warmup
 
 Two cores of a server CPU, 24 minutes beside other work: 2.720 nats a token on val.
 The losses were still falling: this is the run that ships, not the best there is.
@@ -15,21 +15,44 @@ def get_config() -> ConfigDict:
     cfg.checkpoint = "demo-frozen"  # `python -m convert demo --no-connector` makes it
     cfg.init = ""  # work directory of the warm start; empty: random trainables
     cfg.trainable = (r"qformer/.*", r"projector/.*")
-    cfg.loss = "captions"  # words: warm start | captions: stage 1 | dialogues: stage 2
+    cfg.loss = "captions"  # words | captions | dialogues | descriptions
+    cfg.data = dict(photos=dict(path="", weight=1))
+    cfg.val = ""  # data set whose loss is logged; empty: none
+    cfg.text = dict(
+        clean="",  # blip: as the reference cleans captions of stage 1
+        limit=0,  # tokens of an answer; 0: as many as the row has
+        captions="all",  # of a photo, as branches that share its image | one: drawn
+        words_least=10,  # captions a word must be in to be asked for, warm start only
+        one_sentence=0.6,  # share of photos only described, dialogues only
+    )
     cfg.batch_size = 4  # photos a step, each with three or four of its captions
-    cfg.row = dict(tokens=80, answers=48)  # T and A of a photo's row
-    cfg.words = dict(least=10)  # captions a word must be in, warm start only
-    cfg.dialogues = dict(one_sentence=0.6)  # share of rows, stage 2 only
+    cfg.row = dict(
+        tokens=80,  # most that a photo and its texts may take
+        answers=48,  # of them to be predicted
+        packed=0,  # tokens of a row that several photos share; 0: a row each
+    )
+    cfg.cache = dict(dtype="float16", folder="")  # the ViT's patches; empty: in workdir
     cfg.optim = dict(
+        schedule="cosine",  # from the end of the warmup
         peak_lr=3e-4,
         end_lr=1e-4,
+        warmup_lr=0.0,
         warmup_steps=80,
+        epoch_steps=0,  # of the reference's schedules only
         total_steps=1800,
+        decay_rate=1.0,  # of linear_warmup_step_lr only
         b1=0.9,
         b2=0.98,  # few steps: the second moment must not lag behind
+        eps=1e-8,
         weight_decay=0.05,
         clip_norm=1.0,
+        accumulate=1,
     )
+    cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
+    cfg.remat = "none"  # block: recompute activations, for memory
+    cfg.loader = dict(workers=0, prefetch=2, limit_s=120, budget=0.01)
+    cfg.keep = dict(last=2, every=0)  # checkpoints: the newest, and every so many steps
+    cfg.guard = dict(skipped=10)  # steps in a row that are not finite: stop
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left
     cfg.seed = 0
     cfg.log_every = 10  # steps

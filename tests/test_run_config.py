@@ -31,7 +31,18 @@ def test_the_configs_that_are_shipped_pass(name):
         ("optim__warmup_steps", 8, "total_steps=8; the warmup must end before"),
         ("optim__peak_lr", 0.0, "must fall from a peak above 0"),
         ("optim__end_lr", 2.0, "end_lr=2.0"),
-        ("dialogues__one_sentence", 60, "one_sentence=60.0; want a share"),
+        ("text__one_sentence", 60, "one_sentence=60.0; want a share"),
+        ("text__clean", "blib", "config.text.clean 'blib'; did you mean 'blip'"),
+        ("text__limit", -1, "text.limit=-1"),
+        ("row__packed", 100, "row.packed=100; want 0 (an example a row), or at least"),
+        ("optim__accumulate", 3, "batch_size=2, optim.accumulate=3"),
+        ("optim__warmup_lr", 2.0, "warmup_lr=2.0"),
+        ("optim__schedule", "linear_warmup_cosine_lr", "optim.epoch_steps=0"),
+        ("data__photos__weight", 0, "data.photos.weight=0; want a whole number"),
+        ("data", {}, "data without a source"),
+        ("cache__dtype", "float8", "config.cache.dtype 'float8'"),
+        ("loader__budget", 2.0, "loader.budget=2.0"),
+        ("keep__last", 0, "keep.last=0; want at least 1"),
     ],
 )
 def test_a_knob_that_is_unknown_or_impossible_is_refused(knob, value, complaint):
@@ -61,3 +72,34 @@ def test_a_run_may_get_longer_and_log_otherwise_but_nothing_else():
         "optim.peak_lr: 0.01, now 0.5",
         "seed: 3, now 7",
     ]
+
+
+def test_data_may_move_and_a_run_may_go_on_elsewhere():
+    old = config("frozen").to_dict()
+    moved = config("frozen", val="/else", data__photos__path="/there", mesh__data=4)
+    assert run_config.differences(old, moved.to_dict()) == []
+    mixed = config("frozen", data__photos__weight=2).to_dict()
+    assert run_config.differences(old, mixed) == ["data.photos.weight: 1, now 2"]
+
+
+def test_what_differs_from_the_reference_is_said_in_words():
+    cfg = config("frozen", batch_size=256, text__clean="blip")
+    found = run_config.reference_differences(cfg)
+    assert "optim.peak_lr: 0.01, the reference has 0.0001" in found
+    assert not any(line.startswith(("batch_size", "text.clean")) for line in found)
+    assert sum("reference" in line for line in found) >= 3
+    assert set(run_config.DEVIATIONS) <= set(found)
+    assert (
+        "no such stage"
+        in run_config.reference_differences(config("frozen", loss="words"))[0]
+    )
+
+
+def test_a_run_needs_data_and_stage_2_a_beginning():
+    run_config.check_given(config("frozen"))
+    with pytest.raises(ConfigError, match="config.data.photos.path is empty"):
+        run_config.check_given(config("frozen", data__photos__path=""))
+    for loss in ("dialogues", "descriptions"):
+        with pytest.raises(ConfigError, match="config.init is empty; stage 2 goes on"):
+            run_config.check_given(config("frozen", loss=loss))
+        run_config.check_given(config("frozen", loss=loss, init="stage1"))

@@ -79,28 +79,47 @@ def write_photos(folder: Path, train: int = 6, val: int = 2) -> Path:
     return folder
 
 
-def config(frozen: Path, **changes) -> ConfigDict:
-    """A run of 8 steps, saved after step 4; `optim__peak_lr=1` changes cfg.optim."""
+def config(frozen: Path | str, **changes) -> ConfigDict:
+    """A run of 8 steps, saved after step 4; `optim__peak_lr=1` changes cfg.optim.
+
+    Its photos are looked for beside the frozen model, as `write_photos` puts them.
+    """
+    frozen = Path(frozen)
     cfg = ConfigDict(
         dict(
             checkpoint=str(frozen),
             init="",
             trainable=TRAINABLE,
             loss="captions",
+            data=dict(photos=dict(path=str(frozen.parent / "data/train"), weight=1)),
+            val=str(frozen.parent / "data/val"),
+            text=dict(
+                clean="", limit=0, captions="all", words_least=2, one_sentence=0.5
+            ),
             batch_size=2,
-            row=dict(tokens=150, answers=120),
-            words=dict(least=2),
-            dialogues=dict(one_sentence=0.5),
+            row=dict(tokens=150, answers=120, packed=0),
+            cache=dict(dtype="float32", folder=str(frozen.parent / "features")),
             optim=dict(
+                schedule="cosine",
                 peak_lr=1e-2,
                 end_lr=1e-3,
+                warmup_lr=0.0,
                 warmup_steps=2,
+                epoch_steps=0,
                 total_steps=8,
+                decay_rate=1.0,
                 b1=0.9,
                 b2=0.98,
+                eps=1e-8,
                 weight_decay=0.05,
                 clip_norm=1.0,
+                accumulate=1,
             ),
+            dtype="",
+            remat="none",
+            loader=dict(workers=0, prefetch=2, limit_s=60, budget=0.01),
+            keep=dict(last=2, every=0),
+            guard=dict(skipped=10),
             mesh=dict(data=0, fsdp=1, tensor=1),
             seed=3,
             log_every=1,
