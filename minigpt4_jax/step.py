@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from minigpt4_jax import optim
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.models.vit import normalise
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +48,21 @@ class Trainables:
 
 
 def image_embeddings(model: MiniGPT4, batch: dict):
-    """image_BQD from cached patches, or from pixels when there is no cache."""
+    """image_BQD of a batch, from as far as what is frozen was computed before.
+
+    Args:
+        batch: queries_BQD, patches_BPE, or pixels_BHWC, uint8 as a photo has them.
+    """
+    if "queries_BQD" in batch:
+        return model.projector(batch["queries_BQD"])
     if "patches_BPE" in batch:
         return model.project(batch["patches_BPE"])
-    return model.encode_image(batch["pixels_BHWC"])
+    return model.encode_image(normalise(batch["pixels_BHWC"], model.cfg.vit))
 
 
 def answer_loss(model: MiniGPT4, batch: dict):
-    """Mean cross-entropy of all answer tokens of the batch (MiniGPT4.loss)."""
-    return model.loss(batch, image_embeddings(model, batch))[0]
+    """Sum of the cross-entropies of all answer tokens and their number (MiniGPT4.loss)."""
+    return model.loss(batch, image_embeddings(model, batch))
 
 
 def word_loss(model: MiniGPT4, batch: dict):
@@ -68,7 +76,11 @@ def word_loss(model: MiniGPT4, batch: dict):
 
     Args:
         batch: patches_BPE; words_V, token ids; target_BV, share of the photo's captions
-            that have the word; share_V, share of all captions, in (0, 1).
+            that have the word; share_V, share of all captions, in (0, 1); ok_B, 1 for
+            a photo that counts, else 0.
+
+    Returns:
+        The sum over the photos that count, and their number.
     """
     image_BQD = image_embeddings(model, batch)
     table_VD = model.llama.embed.embedding[...][batch["words_V"]].astype(jnp.float32)
@@ -83,9 +95,10 @@ def word_loss(model: MiniGPT4, batch: dict):
     prior_V = jnp.log(batch["share_V"]) - jnp.log1p(-batch["share_V"])
     heard_BV = jax.nn.logsumexp(SHARPNESS * cosine_BQV, axis=1)
     logits_BV = heard_BV - math.log(image_BQD.shape[1]) + prior_V
-    named = optax.sigmoid_binary_cross_entropy(logits_BV, batch["target_BV"])
-    length = jnp.square(lengths_BQ / lengths_V.mean() - 1).mean()
-    return named.sum(-1).mean() + length
+    named_BV = optax.sigmoid_binary_cross_entropy(logits_BV, batch["target_BV"])
+    length_B = jnp.square(lengths_BQ / lengths_V.mean() - 1).mean(-1)
+    losses_B = named_BV.sum(-1) + length_B
+    return (losses_B * batch["ok_B"]).sum(), batch["ok_B"].sum()
 
 
 def unit(x_D):
@@ -93,30 +106,96 @@ def unit(x_D):
     return x_D / (jnp.linalg.norm(x_D, axis=-1, keepdims=True) + 1e-6)
 
 
-def make_step(trainables: Trainables, loss_fn, optimizer):
-    """(state, frozen, batch) -> (state, metrics), compiled.
+def make_step(
+    trainables: Trainables,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulate: int = 1,
+):
+    """(state, frozen, batches) -> (state, metrics), compiled; one optimizer update.
 
-    `state` is {"params", "opt_state"} and updated in place. Frozen weights are an
-    argument, so that they are neither constants of the program nor differentiated.
+    `state` is `new_state`'s and updated in place. Frozen weights are an argument, so that
+    they are neither constants of the program nor differentiated.
+
+    A step whose loss or gradient is not finite, or that has nothing to learn from (no
+    answer token), leaves weights and moments as they are, to the bit, and is counted; the
+    learning rate goes on, as the reference's does.
+
+    Args:
+        loss_fn: (model, batch) -> (sum of losses, their number).
+        optimizer: makes the direction of a step, which the learning rate scales.
+        schedule: step -> learning rate.
+        accumulate: length of the tuple `batches`, which are of one shape. Their losses
+            have one mean, as if they were one batch.
     """
 
+    def loss_of(params, frozen, batch):
+        return loss_fn(trainables.model(params, frozen), batch)
+
+    def gradients(params, frozen, batch):
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        (total, count), grads = differentiate(params, frozen, batch)
+        return total, count, grads
+
+    def sums(params, frozen, batches):
+        """Totals over the batches, of which one at a time is in memory as activations."""
+        if accumulate == 1:
+            return gradients(params, frozen, batches[0])
+
+        def add(sums, batch):
+            return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch)), None
+
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
+        return jax.lax.scan(add, zero, stacked)[0]
+
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, frozen, batch):
+    def step(state, frozen, batches):
+        assert len(batches) == accumulate, (len(batches), accumulate)
         params, opt_state = state["params"], state["opt_state"]
+        total, count, grads = sums(params, frozen, batches)
+        loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def loss_of(params):
-            return loss_fn(trainables.model(params, frozen), batch)
+        rate = schedule(state["step"])
+        direction, new_opt_state = optimizer.update(grads, opt_state, params)
+        new_params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
 
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        def kept_if_not_finite(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = {
+            "params": kept_if_not_finite(new_params, params),
+            "opt_state": kept_if_not_finite(new_opt_state, opt_state),
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + ~finite,
+        }
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "answer_tokens": count,
+            "finite": finite,
+            "lr": rate,
+        }
+        return state, metrics
 
     return step
 
 
+def new_state(params: dict, optimizer: optax.GradientTransformation) -> dict:
+    """The state of a run before its first step."""
+    return {
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "step": jnp.zeros((), jnp.int32),  # steps done, the skipped ones included
+        "skipped": jnp.zeros((), jnp.int32),
+    }
+
+
 def make_evaluate(trainables: Trainables, loss_fn):
-    """(params, frozen, batch) -> loss, compiled."""
+    """(params, frozen, batch) -> (sum of losses, their number), compiled."""
 
     @jax.jit
     def evaluate(params, frozen, batch):

@@ -19,6 +19,8 @@ from minigpt4_jax.models.minigpt4 import (
     PRESETS,
     MiniGPT4,
     MiniGPT4Config,
+    cross_entropy,
+    fill_slots,
     preset,
     splice,
     strips,
@@ -96,17 +98,21 @@ def test_the_projectors_gradient_agrees_with_torch():
 
     ids_BT, slots_BT = prompt(TINY, batch=1)
     batch = dict(
-        ids_BT=ids_BT,
-        slots_BT=slots_BT,
-        segments_BT=np.full(ids_BT.shape, BRANCHES),
-        positions_BT=np.arange(ids_BT.shape[1])[None],
-        answer_ids_BA=np.array([AFTER + [0, 0]]),
-        answer_from_BA=np.array([[*range(start - 1, ids_BT.shape[1] - 1), 0, 0]]),
-        loss_mask_BA=np.array([[1.0] * len(AFTER) + [0.0, 0.0]]),
+        ids_RT=ids_BT,
+        slots_RT=np.where(slots_BT, slots_BT.cumsum(axis=1) - 1, -1),
+        segments_RT=np.full(ids_BT.shape, BRANCHES),
+        positions_RT=np.arange(ids_BT.shape[1])[None],
+        answer_ids_RA=np.array([AFTER + [0, 0]]),
+        answer_from_RA=np.array([[*range(start - 1, ids_BT.shape[1] - 1), 0, 0]]),
+        loss_mask_RA=np.array([[1.0] * len(AFTER) + [0.0, 0.0]]),
+        example_RA=np.zeros((1, len(AFTER) + 2), int),
+        ok_B=np.ones(1),
     )
 
     def loss_of(model):
-        return model.loss(batch, model.encode_image(pixels(TINY, batch=1)))[0]
+        image_BQD = model.encode_image(pixels(TINY, batch=1))
+        total, count = model.loss(batch, image_BQD)
+        return total / count
 
     trainable = nnx.All(nnx.Param, nnx.PathContains("projector"))
     differentiate = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, trainable))
@@ -217,6 +223,36 @@ def test_a_row_without_slots_keeps_its_text():
     text_BTD, image_BQD = parity.normal(0, 2, 9, 4), parity.normal(1, 2, 3, 4)
     no_slots = np.zeros((2, 9), bool)
     np.testing.assert_array_equal(splice(text_BTD, image_BQD, no_slots), text_BTD)
+
+
+def test_a_row_may_hold_the_embeddings_of_any_image_of_the_batch():
+    text_RTD, image_BQD = parity.normal(0, 2, 9, 4), parity.normal(1, 3, 2, 4)
+    slots_RT = np.full((2, 9), -1)
+    slots_RT[0, [1, 2, 6, 7]] = 4, 5, 0, 1  # the images 2 and 0; image 1 is in no row
+    expected = text_RTD.copy()
+    expected[0, [1, 2]], expected[0, [6, 7]] = image_BQD[2], image_BQD[0]
+    np.testing.assert_array_equal(fill_slots(text_RTD, image_BQD, slots_RT), expected)
+
+    def weighted(image_BQD):
+        return (fill_slots(text_RTD, image_BQD, slots_RT) * text_RTD).sum()
+
+    gradient_BQD = jax.grad(weighted)(image_BQD)
+    np.testing.assert_array_equal(gradient_BQD[2], text_RTD[0, [1, 2]])
+    np.testing.assert_array_equal(gradient_BQD[0], text_RTD[0, [6, 7]])
+    np.testing.assert_array_equal(gradient_BQD[1], 0)
+
+
+def test_cross_entropy_is_torchs():
+    logits_RAV, ids_RA = (
+        9 * parity.normal(0, 2, 3, 11),
+        np.array([[0, 10, 4], [7, 7, 1]]),
+    )
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits_RAV).reshape(6, 11),
+        torch.tensor(ids_RA).reshape(6),
+        reduction="none",
+    )
+    parity.assert_close(cross_entropy(logits_RAV, ids_RA).reshape(6), expected, 1e-6)
 
 
 def test_values_at_slots_are_ignored():

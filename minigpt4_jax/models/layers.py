@@ -299,7 +299,7 @@ def layer(tree, i: int):
     return jax.tree.map(lambda x_L: x_L[i], tree)
 
 
-def apply_stack(blocks, step: Callable, carry, xs=None):
+def apply_stack(blocks, step: Callable, carry, xs=None, *, remat: bool = False):
     """Run `carry, y = step(block, carry, x)` over blocks; returns carry and all ys.
 
     Args:
@@ -307,8 +307,11 @@ def apply_stack(blocks, step: Callable, carry, xs=None):
         xs: one entry a block (None: no input). For a stacked block a pytree with
             leading L, and so are the ys; for a list a sequence, and the ys are a list:
             a cache is then never stacked or copied.
+        remat: a gradient keeps only what goes from block to block, and computes what
+            happened inside a block a second time.
     """
     if isinstance(blocks, nnx.List):
+        assert not remat, "a list is for decoding"
         ys = []
         for block, x in zip(blocks, [None] * len(blocks) if xs is None else xs):
             carry, y = step(block, carry, x)
@@ -321,7 +324,16 @@ def apply_stack(blocks, step: Callable, carry, xs=None):
         block_state, x = inputs
         return step(nnx.merge(graphdef, block_state), carry, x)
 
-    return jax.lax.scan(body, carry, (state, xs))
+    return scan_blocks(body, carry, (state, xs), remat=remat)
+
+
+def scan_blocks(body: Callable, carry, inputs, *, remat: bool):
+    """jax.lax.scan over blocks; `remat` as in `apply_stack`."""
+    if remat:
+        # A scan's body is compiled once for forward and once for backward, so nothing
+        # can be shared between them that would have to be prevented.
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, carry, inputs)
 
 
 def stacked(values):

@@ -111,6 +111,7 @@ class Llama(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, dtypes: DTypes = DTypes(), rngs: nnx.Rngs):
         self.cfg = cfg
+        self.remat = False  # MiniGPT4.set_remat
         self.dtypes = dtypes
         self.embed = Embedding(cfg, dtypes=dtypes, rngs=rngs)
         self.blocks = make_stack(
@@ -179,7 +180,7 @@ class Llama(nnx.Module):
             x_BTD, kv = block(x_BTD, angles_BTK, mask_BTS, kv, length_B)
             return x_BTD, (kv, x_BTD if keep else None)
 
-        x_BTD, ys = apply_stack(self.blocks, step, x_BTD, kv)
+        x_BTD, ys = apply_stack(self.blocks, step, x_BTD, kv, remat=self.remat)
         kvs, hidden = zip(*ys) if listed else ys
         if keep:
             capture.values["llama/hidden"] = stacked(hidden)

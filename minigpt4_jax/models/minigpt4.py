@@ -200,6 +200,16 @@ class MiniGPT4(nnx.Module):
         )
         self.llama: Any = llama or Llama(cfg.llama, dtypes=dtypes, rngs=rngs)
 
+    def set_remat(self, blocks: bool) -> None:
+        """Whether a gradient computes the inside of blocks twice instead of keeping it.
+
+        Memory for a third more time; no value changes.
+        """
+        towers: tuple[Any, ...] = (self.vit, self.qformer, self.llama)
+        for tower in towers:
+            if tower is not None:
+                tower.remat = blocks
+
     def encode_image(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""
         return self.project(self.encode_patches(pixels_BHWC, capture), capture)
@@ -208,11 +218,15 @@ class MiniGPT4(nnx.Module):
         """Normalised pixels -> patches_BPE: all that is frozen in every recipe."""
         return self.ln_vision(self.vit(pixels_BHWC, capture))
 
+    def encode_queries(self, patches_BPE, capture: Capture | None = None) -> jax.Array:
+        """patches_BPE (class token first) -> queries_BQD, what the projector reads."""
+        if self.qformer is not None:
+            return self.qformer(patches_BPE, capture)
+        return strips(patches_BPE, self.cfg.patches_per_token)
+
     def project(self, patches_BPE, capture: Capture | None = None) -> jax.Array:
         """patches_BPE (class token first) -> image_BQD."""
-        if self.qformer is not None:
-            return self.projector(self.qformer(patches_BPE, capture))
-        return self.projector(strips(patches_BPE, self.cfg.patches_per_token))
+        return self.projector(self.encode_queries(patches_BPE, capture))
 
     def embed_prompt(self, ids_BT, slots_BT, image_BQD) -> jax.Array:
         """Token embeddings with the image embeddings in the slots.
@@ -252,28 +266,50 @@ class MiniGPT4(nnx.Module):
         return logits_BTV if cache is None else (logits_BTV, new_cache)
 
     def loss(self, batch: dict, image_BQD) -> tuple[jax.Array, jax.Array]:
-        """Mean cross-entropy over the answer tokens, and their number.
+        """Sum of the cross-entropies of the answer tokens that count, and their number.
 
         Logits are computed only where an answer token is predicted, which also lets
         several branches be predicted from the last position they share.
 
         Args:
-            batch: ids_BT, slots_BT, segments_BT, positions_BT; answer_ids_BA are the
-                tokens to be predicted, answer_from_BA the positions T whose hidden
-                state predicts them, loss_mask_BA which of them count.
+            batch: ids_RT, segments_RT, positions_RT; slots_RT, see `fill_slots`;
+                answer_ids_RA are the tokens to be predicted, answer_from_RA the
+                positions T whose hidden state predicts them, loss_mask_RA which of them
+                count, if the example example_RA they belong to is ok_B (1, or 0 for one
+                that could not be read).
         """
-        x_BTD = self.embed_prompt(batch["ids_BT"], batch["slots_BT"], image_BQD)
-        hidden_BTD, _ = self.llama(x_BTD, batch["segments_BT"], batch["positions_BT"])
-        hidden_BAD = jnp.take_along_axis(
-            hidden_BTD, batch["answer_from_BA"][..., None], axis=1
+        text_RTD = self.llama.embed(batch["ids_RT"])
+        x_RTD = fill_slots(text_RTD, image_BQD, batch["slots_RT"])
+        hidden_RTD, _ = self.llama(x_RTD, batch["segments_RT"], batch["positions_RT"])
+        hidden_RAD = jnp.take_along_axis(
+            hidden_RTD, batch["answer_from_RA"][..., None], axis=1
         )
-        logits_BAV = self.llama.logits(hidden_BAD)
-        log_probs_BAV = jax.nn.log_softmax(logits_BAV)
-        picked_BA = jnp.take_along_axis(
-            log_probs_BAV, batch["answer_ids_BA"][..., None], axis=-1
-        )[..., 0]
-        count = jnp.maximum(batch["loss_mask_BA"].sum(), 1)
-        return -(picked_BA * batch["loss_mask_BA"]).sum() / count, count
+        losses_RA = cross_entropy(self.llama.logits(hidden_RAD), batch["answer_ids_RA"])
+        counts_RA = batch["loss_mask_RA"] * batch["ok_B"][batch["example_RA"]]
+        return (losses_RA * counts_RA).sum(), counts_RA.sum()
+
+
+def cross_entropy(logits_RAV, ids_RA):
+    """-log softmax(logits)[id]; the logits must be float32."""
+    picked_RAV = jax.nn.one_hot(ids_RA, logits_RAV.shape[-1], dtype=bool)
+    picked_RA = jnp.where(picked_RAV, logits_RAV, 0).sum(-1)
+    return jax.nn.logsumexp(logits_RAV, axis=-1) - picked_RA
+
+
+def fill_slots(text_RTD, image_BQD, slots_RT):
+    """Put the image embeddings of a batch into the slots of its rows.
+
+    Args:
+        text_RTD: token embeddings; values at slots are ignored.
+        slots_RT: b * Q + q of the image embedding that stands here; -1 where text does.
+    """
+    image_ID = image_BQD.reshape(-1, image_BQD.shape[-1])
+    text_RT = slots_RT < 0
+    # Beyond the end, so that text neither reads an image embedding nor adds to its
+    # gradient.
+    index_RT = jnp.where(text_RT, len(image_ID), slots_RT)
+    spread_RTD = jnp.take(image_ID, index_RT, axis=0, mode="fill", fill_value=0)
+    return jnp.where(text_RT[..., None], text_RTD, spread_RTD.astype(text_RTD.dtype))
 
 
 def splice(text_BTD, image_BQD, slots_BT):

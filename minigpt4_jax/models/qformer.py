@@ -18,6 +18,7 @@ from minigpt4_jax.models.layers import (
     check_sizes,
     layer,
     make_stack,
+    scan_blocks,
     wants,
 )
 
@@ -82,6 +83,7 @@ class QFormer(nnx.Module):
         self, cfg: QFormerConfig, *, dtypes: DTypes = DTypes(), rngs: nnx.Rngs
     ):
         self.cfg = cfg
+        self.remat = False  # MiniGPT4.set_remat
         self.dtypes = dtypes
         new = dict(dtypes=dtypes)
         # Normalised at once, so their size is free: at 0.02, BERT's, a few dozen steps of
@@ -129,7 +131,9 @@ class QFormer(nnx.Module):
             lambda w: w[: whole * freq].reshape(whole, freq, *w.shape[1:]), layers[1]
         )
         first = jax.tree.map(lambda w: w[:whole], cross[1])
-        x_BQD, (hidden, maps) = jax.lax.scan(group, x_BQD, (grouped, first))
+        x_BQD, (hidden, maps) = scan_blocks(
+            group, x_BQD, (grouped, first), remat=self.remat
+        )
         if keep_hidden:
             hidden = hidden.reshape(-1, *x_BQD.shape)
         if cfg.num_layers % freq:  # an unfinished last group

@@ -108,6 +108,7 @@ class ViT(nnx.Module):
 
     def __init__(self, cfg: ViTConfig, *, dtypes: DTypes = DTypes(), rngs: nnx.Rngs):
         self.cfg = cfg
+        self.remat = False  # MiniGPT4.set_remat
         patch = (cfg.patch_size, cfg.patch_size, 3)
         self.patch = Linear(patch, cfg.width, dtypes=dtypes, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
@@ -142,10 +143,22 @@ class ViT(nnx.Module):
             x_BPD = block(x_BPD)
             return x_BPD, x_BPD if keep else None
 
-        x_BPD, hidden = apply_stack(self.blocks, step, x_BPD)
+        x_BPD, hidden = apply_stack(self.blocks, step, x_BPD, remat=self.remat)
         if keep:
             capture.values["vit/hidden"] = stacked(hidden)
         return x_BPD
+
+
+def normalise(image_BHWC, cfg: ViTConfig):
+    """uint8 images of the size `cfg` wants -> the pixels that data/images.py makes.
+
+    Looked up, so that they are equal to the bit: XLA multiplies by 1 / 255 instead of
+    dividing by 255, which rounds otherwise.
+    """
+    value_V1 = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    mean_C, std_C = np.array(cfg.mean, np.float32), np.array(cfg.std, np.float32)
+    pixel_VC = jnp.asarray((value_V1 - mean_C) / std_C)
+    return pixel_VC[image_BHWC, jnp.arange(3)]
 
 
 class Block(nnx.Module):
