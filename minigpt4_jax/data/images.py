@@ -90,21 +90,29 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def preprocess(image_HWC: np.ndarray, cfg: PixelRules) -> np.ndarray:
     """Return float32 `pixels_HWC` of exactly `cfg.image_size` squared, normalised.
 
-    Resized by PIL to uint8, aspect ratio not kept and nothing cropped, then / 255,
-    - mean, / std in float32: the exact pixels of the reference's `blip2_image_eval`
-    (torch's and JAX's own cubic kernels differ). Raises ConfigError for an unknown
-    `cfg.resize`.
+    `squash`, then / 255, - mean, / std in float32: the exact pixels of the reference's
+    `blip2_image_eval`. Raises ConfigError for an unknown `cfg.resize`.
+    """
+    pixels_HWC = squash(image_HWC, cfg).astype(np.float32) / np.float32(255)
+    return (pixels_HWC - np.array(cfg.mean, np.float32)) / np.array(cfg.std, np.float32)
+
+
+def squash(image_HWC: np.ndarray, cfg: PixelRules) -> np.ndarray:
+    """The image as uint8 of exactly `cfg.image_size` squared.
+
+    Resized by PIL, aspect ratio not kept and nothing cropped (torch's and JAX's own cubic
+    kernels differ). Raises ConfigError for an unknown `cfg.resize`.
     """
     if cfg.resize not in RESIZES:
         raise ConfigError(unknown("resize rule", cfg.resize, RESIZES))
     assert image_HWC.dtype == np.uint8 and image_HWC.shape[2:] == (3,), image_HWC.shape
-    kernel = RESIZES[cfg.resize]
+    size, kernel = cfg.image_size, RESIZES[cfg.resize]
+    if image_HWC.shape[:2] == (size, size):
+        return image_HWC  # what PIL returns as well
     # Two calls, width first, as Pillow did inside one until version 13 began to choose
     # the cheaper order: each pass rounds to uint8, so the order shows (up to 16 levels).
-    narrow = Image.fromarray(image_HWC).resize((cfg.image_size, len(image_HWC)), kernel)
-    resized = narrow.resize((cfg.image_size, cfg.image_size), kernel)
-    pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
-    return (pixels_HWC - np.array(cfg.mean, np.float32)) / np.array(cfg.std, np.float32)
+    narrow = Image.fromarray(image_HWC).resize((size, len(image_HWC)), kernel)
+    return np.asarray(narrow.resize((size, size), kernel))
 
 
 def _read_file(path: Path, max_pixels: int) -> np.ndarray:
