@@ -18,7 +18,7 @@ from absl import flags
 
 from minigpt4_jax import errors, locate
 from minigpt4_jax.data.demo_texts import ONE_SENTENCE
-from minigpt4_jax.data.sources import TarShards
+from minigpt4_jax.data.sources import open_data
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.evaluation.captions import human, read_pairs, report
 
@@ -52,13 +52,13 @@ def answers_name(checkpoint: str) -> str:
 
 def unpack(shards: Path, work: Path, limit: int | None) -> tuple[Path, Path]:
     """Write the photos of a folder of shards as files; (photos, captions.jsonl)."""
-    examples = TarShards(shards)
+    examples = open_data(shards)
     photos, captions = work / "photos", work / "captions.jsonl"
     photos.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(min(len(examples), limit or len(examples))):
         example = examples[i]
-        name = f"{i:05d}-{example.key}.jpg"
+        name = f"{i:05d}-{example.key.replace('/', '_')}.jpg"
         (photos / name).write_bytes(example.image)
         lines.append({"image": name, "captions": list(example.captions)})
     captions.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

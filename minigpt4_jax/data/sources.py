@@ -1,29 +1,37 @@
-"""Where images come from: captioned photos in tar shards, or a user's files.
+"""Where images come from: captioned photos of a data set, or a user's files.
 
-`TarShards` gives training examples by index; `list_images` lists what a batch run answers
-about. Neither decodes an image.
+`open_data` gives training examples by index, whatever the data lies in; `list_images`
+lists what a batch run answers about. Neither decodes an image.
 """
 
 import json
 import os
 import re
-import tarfile
-from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import index as as_index
 from pathlib import Path
 
+import numpy as np
+
+from minigpt4_jax.data import build, index, layouts
 from minigpt4_jax.data.images import SUFFIXES
+from minigpt4_jax.data.scan import hidden
+from minigpt4_jax.data.token_counts import Clean, token_counts
+from minigpt4_jax.data.tokens import Tokenizer
 from minigpt4_jax.errors import DataError, InputError
+
+OPEN_FILES = 256  # kept open; systems allow 1,024 or more
+BUDGET = 0.01
 
 
 @dataclass(frozen=True)
 class Example:
     """A photo and what people wrote about it."""
 
-    key: str  # name inside its shard, without suffix
+    key: str  # name in its shard without suffix, or as a list names it
     image: bytes  # the encoded file
     captions: tuple[str, ...]  # at least one, none blank
     license: str  # "" if not recorded
@@ -39,140 +47,183 @@ class ImageRecord:
     prompt: str | None = None  # None: the prompt of the run
 
 
-class TarShards:
-    """Random access to the examples of uncompressed webdataset shards.
+def open_data(
+    path: str | Path, *, budget: float = BUDGET, index_dir: str | Path | None = None
+) -> "Examples":
+    """The examples of a data set in any layout of data/layouts.py.
 
-    One example is KEY.jpg (or another image suffix) with KEY.json beside it in the same
-    shard, an object with `captions` (list of strings) or `caption`; other members are
-    ignored. Order: shards as given, examples as in the shard. The shards are scanned
-    once; afterwards only an index of offsets is held, so that the object is picklable and
-    may be read from any number of threads and processes.
+    The first time the data is scanned and an index written, beside it, or where it is
+    read-only into the cache folder; a scan that is interrupted goes on where it stopped.
+
+    Args:
+        budget: share of a shard's examples that may be unusable.
+        index_dir: where the index is kept instead.
+
+    Raises:
+        DataError: nothing there, no usable example, or a shard over the budget.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and any(path.glob("*.array_record*")):
+        from minigpt4_jax.data import records  # it needs array_record, most do not
+
+        return records.open_records(path, budget=budget, index_dir=index_dir)
+    listing = layouts.listing(path)
+    folder = build.made(listing, Path(index_dir) if index_dir else None)
+    examples = Examples(folder, listing.base)
+    examples.check(budget)
+    return examples
+
+
+class Examples(Sequence[Example]):
+    """Random access to the examples of a scanned data set.
+
+    Picklable and read from any number of threads and processes. In memory is what has been
+    touched of the index (data/index.py), and nothing of it has to stay.
 
     Attributes:
-        paths: the shards.
-        keys: key of each example.
-        skipped: how many examples or captions were left out, by reason.
+        paths: the shards (or the list, or the folder).
+        digest: hex sha256 of all images, keys and captions in order.
+        keys: key of each example, read as needed.
+        hashes: first 8 bytes of each image's sha256, uint64.
+        image_sizes: uint16 [N 2], width and height as the headers say, mapped.
+        caption_count: captions of all examples.
+        skipped: how many examples, and captions of others, were left out, by reason.
+        places: some of those examples for each reason.
     """
 
-    def __init__(self, paths: str | Path | Iterable[str | Path]):
-        """Scan shards, or the `*.tar` of a folder.
-
-        Raises:
-            DataError: a shard is absent, damaged, cut short or compressed, or there is no
-                usable example at all.
-        """
-        self.paths = _shards(paths)
-        self.keys: list[str] = []
+    def __init__(self, folder: Path, base: Path):
+        """Args: folder of the index; base, which the names of shards are relative to."""
+        self._state = (folder, base)
+        self._index = index.read(folder)
+        meta = self._index.meta
+        self.paths = tuple(base / shard["name"] for shard in meta["shards"])
+        self.digest: str = meta["digest"]
+        self.caption_count: int = meta["captions"]
+        self.keys: Sequence[str] = _Keys(self)
+        self.hashes: np.ndarray = self._index.rows["hash"]
+        self.image_sizes: np.ndarray = self._index.rows["image_size"]
         self.skipped: Counter[str] = Counter()
-        # Shard, image offset, its size, json offset, its size; repeated.
-        self._spans = array("q")
-        for shard, path in enumerate(self.paths):
-            self._scan(shard, path)
-        if not self.keys:
-            reasons = self.skipped and self.left_out()
-            raise DataError(
-                f"{_names(self.paths)}: no usable example "
-                f"({reasons or 'no KEY.jpg with KEY.json'})"
-            )
+        self.places: dict[str, list[str]] = {}
+        for path, shard in zip(self.paths, meta["shards"]):
+            self.skipped += Counter(shard["lost"]) + Counter(shard["notes"])
+            for reason, keys in shard["places"].items():
+                known = self.places.setdefault(reason, [])
+                known += [f"{path}: {key}" for key in keys][: index.PLACES - len(known)]
+        # Per object: another file under the same name belongs to another index.
+        self._open = lru_cache(OPEN_FILES)(_open)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._index.rows)
+
+    def __getstate__(self) -> tuple[Path, Path]:
+        return self._state
+
+    def __setstate__(self, state: tuple[Path, Path]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override]
+        """Raises DataError if the image cannot be read any more."""
+        key, license, source, file, *captions = self._index.text(self._at(i))
+        image = self._image(self._at(i), file)
+        return Example(key, image, tuple(captions), license, source)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """An example's captions alone: its image is not read."""
+        return tuple(self._index.text(self._at(i))[4:])
+
+    def image(self, i: int) -> bytes:
+        """An example's encoded image alone; raises as indexing."""
+        i = self._at(i)
+        return self._image(i, self._index.text(i)[3])
+
+    def token_counts(
+        self, tokenizer: Tokenizer, clean: Clean | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every caption: `starts` int64 [N + 1], `counts` int32.
+
+        Example i has counts[starts[i]:starts[i + 1]]. `clean` is done to a caption first.
+        Kept beside the index.
+        """
+        return token_counts(self._index, tokenizer, clean)
+
+    def where(self, i: int) -> str:
+        """ "shard.tar: KEY", for messages."""
+        i = self._at(i)
+        return f"{self.paths[self._index.rows[i]['shard']]}: {self._index.text(i)[0]}"
 
     def left_out(self) -> str:
-        """`skipped` for a log: "2 empty image, 1 no caption", or "nothing"."""
-        reasons = self.skipped.most_common()
-        return ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing"
+        """`skipped` for a log: "2 empty image, 1 blank caption", or "nothing"."""
+        return _told(self.skipped)
 
-    def __getitem__(self, index: int) -> Example:
-        """Raises DataError if the shard changed since it was scanned."""
-        image, fields = self._read(index, with_image=True)
-        return Example(
-            key=self.keys[index],
-            image=image,
-            captions=tuple(_captions(fields)),
-            license=str(fields.get("license") or ""),
-            source=str(fields.get("source") or ""),
-        )
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """An example's captions alone, without reading its image; raises as indexing."""
-        return tuple(_captions(self._read(index, with_image=False)[1]))
-
-    def _read(self, index: int, with_image: bool) -> tuple[bytes, dict]:
-        i = as_index(index)
-        i += len(self) if i < 0 else 0
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        shard, at, size, json_at, json_size = self._spans[5 * i : 5 * i + 5]
-        path, size = self.paths[shard], size if with_image else 0
-        try:
-            with open(path, "rb", buffering=0) as file:
-                image = os.pread(file.fileno(), size, at)
-                fields = json.loads(os.pread(file.fileno(), json_size, json_at))
-            captions = _captions(fields)
-        except (OSError, ValueError) as error:
+    def check(self, budget: float) -> None:
+        """Raise DataError without examples, or naming shards that lost more than `budget`."""
+        over = []
+        for path, shard in zip(self.paths, self._index.meta["shards"]):
+            lost = sum(shard["lost"].values())
+            if lost > budget * (lost + shard["kept"]):
+                over.append(
+                    f"{path}: {lost} of {lost + shard['kept']} examples cannot be used "
+                    f"({_told(shard['lost'])})"
+                )
+        if not len(self):
+            names = ", ".join(map(str, self.paths[:3]))
             raise DataError(
-                f"{path}: {self.keys[i]}: not readable any more ({error})"
-            ) from error
-        if len(image) < size or not captions:
-            raise DataError(f"{path}: {self.keys[i]}: changed since it was scanned")
-        return image, fields
-
-    def _scan(self, shard: int, path: Path) -> None:
-        images: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, tarfile.TarInfo] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                end = 0
-                for member in tar:
-                    end = member.offset_data + (member.size if member.isreg() else 0)
-                    key, suffix = _split(member.name)
-                    table = labels if suffix == ".json" else images
-                    if not member.isreg() or suffix not in SUFFIXES | {".json"}:
-                        continue
-                    if key in table:
-                        self.skipped["key repeated in its shard"] += 1
-                    table.setdefault(key, member)
-                _check_end(path, end)
-        except (OSError, tarfile.TarError) as error:
+                f"{names}: no usable example ({_told(self.skipped)}); want KEY.jpg with "
+                "KEY.json or KEY.txt, or a list of images and captions"
+            )
+        if over:
+            more = f"; and {len(over) - 3} more shards" if len(over) > 3 else ""
             raise DataError(
-                f"{path}: not a readable tar ({error}); want an uncompressed .tar, "
-                "copied completely"
-            ) from error
-        self.skipped["json without image"] += len(labels.keys() - images.keys())
-        with open(path, "rb", buffering=0) as file:
-            for key, image in images.items():
-                if self._usable(image, labels.get(key), file.fileno()):
-                    label = labels[key]
-                    span = (
-                        image.offset_data,
-                        image.size,
-                        label.offset_data,
-                        label.size,
-                    )
-                    self.keys.append(key)
-                    self._spans.extend((shard, *span))
-        self.skipped += Counter()  # drops the zeros
+                f"{'; '.join(over[:3])}{more}; want at most a share of {budget:g}: get "
+                "these files again, or allow more (budget)"
+            )
 
-    def _usable(self, image, label, fd: int) -> bool:
-        """Whether an example has all it needs; counts what is missing."""
-        if label is None:
-            reason = "image without json"
-        elif not image.size:
-            reason = "empty image"
-        else:
-            try:
-                fields = json.loads(os.pread(fd, label.size, label.offset_data))
-                captions = _captions(fields)
-            except (ValueError, RecursionError):  # nested too deep
-                reason = "json not readable"
+    def _at(self, i: int) -> int:
+        at = as_index(i)
+        at += len(self) if at < 0 else 0
+        if not 0 <= at < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        return at
+
+    def _image(self, i: int, name: str) -> bytes:
+        row = self._index.rows[i]
+        size, shard = int(row["size"]), self.paths[row["shard"]]
+        path = self._state[1] / name if name else shard
+        try:
+            if name:
+                image = path.read_bytes()
             else:
-                self.skipped["blank caption"] += len(_written(fields)) - len(captions)
-                if captions:
-                    return True
-                reason = "no caption"
-        self.skipped[reason] += 1
-        return False
+                image = os.pread(self._open(path).fileno(), size, int(row["offset"]))
+        except OSError as error:
+            raise DataError(
+                f"{self.where(i)}: not readable any more ({error.strerror})"
+            ) from error
+        if len(image) != size:
+            raise DataError(f"{self.where(i)}: changed since it was scanned")
+        return image
+
+
+class _Keys(Sequence[str]):
+    def __init__(self, examples: Examples):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+        return self._examples._index.text(self._examples._at(i))[0]
+
+
+def _open(path: Path):
+    return open(path, "rb", buffering=0)
+
+
+def _told(reasons: Counter[str] | dict[str, int]) -> str:
+    counts = Counter(reasons).most_common()
+    return ", ".join(f"{count} {reason}" for reason, count in counts) or "nothing"
 
 
 def list_images(path: str | Path) -> list[ImageRecord]:
@@ -192,7 +243,7 @@ def list_images(path: str | Path) -> list[ImageRecord]:
             for file in path.rglob("*")
             if file.suffix.lower() in SUFFIXES and file.is_file()
         )
-        names = [name for name in found if not _hidden(name)]
+        names = [name for name in found if not hidden(name)]
         if not names:
             known = " ".join(sorted(SUFFIXES))
             raise InputError(f"{path}: no image in this folder; looked for {known}")
@@ -240,61 +291,3 @@ def _record(line: str, path: Path, number: int) -> ImageRecord:
             f"{where}: the prompt holds half of a surrogate pair, which is no text; {want}"
         )
     return ImageRecord(image, path.parent / image, prompt)
-
-
-def _shards(paths: str | Path | Iterable[str | Path]) -> tuple[Path, ...]:
-    if isinstance(paths, str | Path):
-        folder = Path(paths)
-        paths = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder]
-        if not paths:
-            raise DataError(f"{folder}: no .tar in this folder")
-    shards = tuple(Path(path) for path in paths)
-    absent = [path for path in shards if not path.is_file()]
-    if absent or not shards:
-        raise DataError(
-            f"{_names(absent) or 'no shards given'}: want existing .tar files"
-        )
-    return shards
-
-
-def _check_end(path: Path, end: int) -> None:
-    """Raise unless tar's end marker follows the last member.
-
-    tarfile takes a damaged header, or a copy cut between members, for the end.
-    """
-    with open(path, "rb") as file:
-        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no end marker after byte {end}")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and lower-case suffix: "a/00.Seg.JPG" -> ("a/00.Seg", ".jpg")."""
-    key, suffix = os.path.splitext(name)
-    return key, "" if _hidden(name) else suffix.lower()
-
-
-def _hidden(name: str) -> bool:
-    """Whether a part of a relative path is hidden; "." itself is not."""
-    return any(part.startswith(".") and part != "." for part in name.split("/"))
-
-
-def _written(fields: object) -> list:
-    """All captions as written; raises ValueError if this is not an example's JSON."""
-    if not isinstance(fields, dict):
-        raise ValueError("not an object")
-    captions = fields.get("captions", fields.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions or []
-    if not isinstance(captions, list):
-        raise ValueError("captions is not a list")
-    return captions
-
-
-def _captions(fields: object) -> list[str]:
-    """The captions that say something, stripped."""
-    written = _written(fields)
-    return [text.strip() for text in written if isinstance(text, str) and text.strip()]
-
-
-def _names(paths: Iterable[Path]) -> str:
-    return ", ".join(str(path) for path in paths)

@@ -8,6 +8,7 @@ tokens come from `Special` segments alone (prompts.py).
 
 import abc
 import codecs
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,8 +24,12 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back; `bos_id`, `eos_ids`, `pad_id` are attributes."""
+    """Text to ids and back; `bos_id`, `eos_ids`, `pad_id` are attributes.
 
+    digest: hex sha256 of the file that it was read from.
+    """
+
+    digest: str
     bos_id: int
     eos_ids: tuple[int, ...]
     pad_id: int
@@ -61,6 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, model: bytes, *, bos_id=None, eos_ids=None):
+        self.digest = hashlib.sha256(model).hexdigest()
         self._model = sentencepiece.SentencePieceProcessor()
         self._model.LoadFromSerializedProto(model)
         self.size = self._model.get_piece_size()
@@ -100,6 +106,7 @@ class ByteLevelTokenizer(Tokenizer):
                 f"tokenizer.json: got decoder {kind}, want ByteLevel; a LLaMA model "
                 "needs its tokenizer.model instead"
             )
+        self.digest = hashlib.sha256(tokenizer_json.encode()).hexdigest()
         self._model = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._model.encode_special_tokens = True  # as plain text, that is
         self._special = {
@@ -111,6 +118,10 @@ class ByteLevelTokenizer(Tokenizer):
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.pad_id = self.eos_ids[0]
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._model.encode_special_tokens = True  # pickling forgets it
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
