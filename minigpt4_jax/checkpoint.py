@@ -22,13 +22,15 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from minigpt4_jax import sharding
+from minigpt4_jax import kept, sharding
 from minigpt4_jax.errors import CheckpointError, ConfigError
 from minigpt4_jax.locate import (
     FORMAT,
     INDEX,
+    TRAINABLES,
     base_directory,
     check_format,
+    is_checkpoint,
     read_json,
     resolve,
     trainable_files,
@@ -132,8 +134,9 @@ def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
     """Overwrites parameters of the model with those stored at `path`; returns the paths.
 
     Args:
-        path: a .safetensors file, a work directory, a folder of connector files, or a
-            converted directory (all of it). Dtypes stay the model's.
+        path: a .safetensors file, a work directory or one of its checkpoints, a folder
+            of connector files, or a converted directory (all of it). Dtypes stay the
+            model's.
     """
     path = Path(path)
     variables = {
@@ -144,7 +147,7 @@ def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
         if (path / INDEX).exists():
             stored = open_all(path, files)
         else:
-            stored = open_files(trainable_files(path), files)
+            stored = open_trainables(path, files)
         shapes = {name: variables[name].shape for name in stored if name in variables}
         check(path, stored, shapes, ())
         for name, tensor in stored.items():
@@ -159,7 +162,7 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
     """Exactly these parameters as stored in a connector or work directory."""
     with contextlib.ExitStack() as files:
-        stored = open_files(trainable_files(Path(path)), files)
+        stored = open_trainables(Path(path), files)
         check(Path(path), stored, wanted, ())
         return {name: np.asarray(tensor[...]) for name, tensor in stored.items()}
 
@@ -207,8 +210,15 @@ def open_all(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
             f"{sorted(set(names) ^ set(stored))}; convert again"
         )
     if directory != path:
-        stored |= open_files(trainable_files(path), files)
+        stored |= open_trainables(path, files)
     return stored
+
+
+def open_trainables(path: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+    """Unread tensors of a connector, a work directory or one of its checkpoints."""
+    if is_checkpoint(path):
+        kept.check(path, [TRAINABLES])
+    return open_files(trainable_files(path), files)
 
 
 def open_files(paths: Iterable[Path], files: contextlib.ExitStack) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Generator:
 
         Args:
             name_or_path: a training work directory gives the model it trains with its
-                newest trainables.
+                newest trainables; "WORKDIR@1000" with those of a step that it keeps.
             dtype: of weights and products; default float32 on CPU, else bfloat16.
 
         Raises:

@@ -17,6 +17,7 @@ from minigpt4_jax.errors import CheckpointError, unknown
 FORMAT = 1  # of every JSON and safetensors file that we write
 INDEX = "model.safetensors.index.json"
 TRAINABLES = "trainables.safetensors"
+CHECKPOINTS = "checkpoints"  # folder in a work directory; in it a folder for each step
 ASSETS = Path(__file__).parent / "assets/demo"
 DEMO, FROZEN = "demo", "demo-frozen"
 COMMANDS = {
@@ -27,6 +28,8 @@ COMMANDS = {
 
 def resolve(name_or_path: str | Path) -> Path:
     """The directory of "demo", "demo-frozen" (without connector), or of a path.
+
+    "WORKDIR@STEP" is the checkpoint of that step, while the run keeps it.
 
     Raises CheckpointError, with the command to run, when it does not exist.
     """
@@ -40,6 +43,8 @@ def resolve(name_or_path: str | Path) -> Path:
         return directory
     path = Path(name_or_path)
     if not path.exists():
+        if found := _checkpoint(name):
+            return found
         hint = "" if os.sep in name else unknown("model", name, COMMANDS) + "; "
         raise CheckpointError(
             f"{hint}no directory at {path}; want one made by `python -m convert`, or a "
@@ -49,8 +54,10 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def base_directory(path: str | Path) -> Path:
-    """The converted directory itself, or the one that a work directory belongs to."""
+    """The converted directory itself, or the one of a work directory or checkpoint."""
     path = Path(path)
+    if is_checkpoint(path):
+        path = path.parent.parent
     if not path.is_dir():
         raise CheckpointError(
             f"no model directory at {path}; `python -m convert` makes one, training "
@@ -61,6 +68,33 @@ def base_directory(path: str | Path) -> Path:
         if "checkpoint" in run:
             return base_directory(_found_again(Path(str(run["checkpoint"])), path))
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a folder WORKDIR/checkpoints/STEP."""
+    workdir = path.parent.parent
+    return path.parent.name == CHECKPOINTS and (workdir / "config.json").exists()
+
+
+def kept_steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints a run keeps, oldest first."""
+    folder = workdir / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def _checkpoint(name: str) -> Path | None:
+    """WORKDIR/checkpoints/STEP of "WORKDIR@STEP"; None for all other names."""
+    before, at, step = name.rpartition("@")
+    workdir = Path(before)
+    if not at or not (workdir / "config.json").exists():
+        return None
+    kept = kept_steps(workdir)
+    if not step.isdecimal() or int(step) not in kept:
+        raise CheckpointError(
+            f"{workdir} keeps no step {step!r}; kept: "
+            f"{', '.join(map(str, kept)) or 'none'} (config.keep says which)"
+        )
+    return workdir / CHECKPOINTS / str(int(step))
 
 
 def _found_again(base: Path, workdir: Path) -> Path:
@@ -79,7 +113,8 @@ def _found_again(base: Path, workdir: Path) -> Path:
 
 
 def trainable_files(path: Path) -> list[Path]:
-    """The .safetensors files of a file, a work directory or a folder of a connector."""
+    """The .safetensors files of a file, a work directory, one of its checkpoints or a
+    folder of a connector."""
     if path.is_file():
         return [path]
     if (path / TRAINABLES).exists():
