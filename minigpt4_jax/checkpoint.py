@@ -160,10 +160,22 @@ def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
 def read_arrays(
     path: str | Path, wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Exactly these parameters as stored in a connector or work directory."""
+    """Exactly these parameters as they are stored.
+
+    Args:
+        path: as of `load_trainables`; a converted directory may hold others besides.
+
+    Raises:
+        CheckpointError: listing every absent, unknown and mis-shaped one.
+    """
+    path = Path(path)
     with contextlib.ExitStack() as files:
-        stored = open_trainables(Path(path), files)
-        check(Path(path), stored, wanted, ())
+        if (path / INDEX).exists():
+            stored = open_all(path, files)
+            stored = {name: stored[name] for name in wanted if name in stored}
+        else:
+            stored = open_trainables(path, files)
+        check(path, stored, wanted, ())
         return {name: np.asarray(tensor[...]) for name, tensor in stored.items()}
 
 

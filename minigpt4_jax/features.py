@@ -1,7 +1,7 @@
-"""Frozen features on disk: each photo's patches, computed once and trained from.
+"""Frozen features on disk: what lies before the first trainable module, made once.
 
-What lies before the first trainable module never changes in a run and the transform is
-deterministic, so an epoch need not see the ViT again.
+It never changes in a run and the transform of an image is deterministic, so an epoch
+need not see the ViT again, nor the Q-Former where the projector alone is trained.
 """
 
 import contextlib
@@ -10,19 +10,22 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from minigpt4_jax import sharding
-from minigpt4_jax.data.images import preprocess, read_image
-from minigpt4_jax.data.sources import TarShards
+from minigpt4_jax.data.images import read_image, squash
+from minigpt4_jax.data.sources import Examples
 from minigpt4_jax.errors import ConfigError, DataError, InputError
-from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.vit import normalise
 
 logger = logging.getLogger(__name__)
 
@@ -30,63 +33,107 @@ BATCH = 16
 SAVE_EVERY = 20  # batches
 
 
-def check_frozen(paths: Iterable[str]) -> None:
-    """Raise ConfigError when what makes the patches is among the trainable `paths`."""
-    found = [path for path in paths if path.startswith(("vit/", "ln_vision/"))]
-    if found:
-        raise ConfigError(
-            f"config.trainable: got {found[0]}; training reads features that the ViT "
-            "made once, so vit and ln_vision have to stay frozen"
-        )
+def frozen_part(cfg: MiniGPT4Config, trainable: Iterable[str]) -> str:
+    """What a batch needs of its images, given the trainable parameter paths.
+
+    "queries" (Q-Former outputs) where nothing before the projector is trained,
+    "patches" (of the ViT, after ln_vision) where the Q-Former is or there is none,
+    "pixels" where the ViT is.
+    """
+    towers = {path.partition("/")[0] for path in trainable}
+    if towers & {"vit", "ln_vision"}:
+        return "pixels"
+    return "patches" if "qformer" in towers or cfg.qformer is None else "queries"
 
 
-def patches(
-    model: MiniGPT4, examples: TarShards, folder: Path, mesh: jax.sharding.Mesh
-) -> np.ndarray:
-    """Patches of all examples, float16 [examples P E] mapped from a file in `folder`.
+def make(
+    model: MiniGPT4,
+    part: str,
+    dtype: str,
+    examples: Examples,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+) -> Path:
+    """The file with `part` ("patches" or "queries") of all examples, made if absent.
 
-    The file's name is a hash of the frozen weights, the pixel rules and the shards, so
-    features of other weights or data are never read. An interrupted run goes on where
-    it stopped.
+    Its name is a hash of the frozen weights, the pixel rules and the data, so features
+    of others are never read. An interrupted run goes on where it stopped. An image that
+    cannot be decoded has NaN for its first value.
+
+    Args:
+        dtype: float32 as computed, or a half of the disk: float16, bfloat16 (rounded).
 
     Raises:
-        DataError: an image cannot be decoded, or its features are not finite in float16.
+        ConfigError: no room, or several processes would have to make it.
+        DataError: features that are not finite in `dtype`.
     """
-    key = _key(model, examples)
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / f"patches-{key}.npy"
+    done = folder / f"{part}-{_key(model, part, dtype, examples)}.npy"
     with _alone(folder):
         if not done.exists():
-            _extract(model, examples, done, mesh)
-    return np.load(done, mmap_mode="r")
+            if jax.process_count() > 1:
+                raise ConfigError(
+                    f"config.cache: {done} is absent and several processes would have "
+                    "to make it; start once on one process, or set cache.dtype=''"
+                )
+            _extract(model, part, np.dtype(getattr(jnp, dtype)), examples, done, mesh)
+    return done
 
 
-def _extract(model: MiniGPT4, examples: TarShards, done: Path, mesh) -> None:
-    """Write the patches to `done`, through a file that an interruption leaves behind."""
-    part, count = done.with_suffix(".part"), done.with_suffix(".count")
-    shape = (len(examples), model.cfg.vit.num_patches, model.cfg.vit.width)
-    start = _count(count) if part.exists() else 0
+def _extract(
+    model: MiniGPT4, part: str, dtype: np.dtype, examples: Examples, done: Path, mesh
+) -> None:
+    """Write features to `done`, through a file that an interruption leaves behind."""
+    partial, count = done.with_suffix(".part"), done.with_suffix(".count")
+    cfg = model.cfg
+    if part == "queries":
+        shape = (len(examples), cfg.num_slots, cfg.projector_width)
+    else:
+        shape = (len(examples), cfg.vit.num_patches, cfg.vit.width)
+    start = _count(count) if partial.exists() else 0
+    if not start:
+        _check_room(done, int(np.prod(shape)) * dtype.itemsize)
+    stored = np.dtype(np.uint16) if dtype.kind == "V" else dtype  # bfloat16: its bits
     out = np.lib.format.open_memmap(
-        part, "r+" if start else "w+", dtype=np.float16, shape=shape
+        partial, "r+" if start else "w+", dtype=stored, shape=shape
     )
     parts = sharding.batch_parts(mesh)
     batch = -(-BATCH // parts) * parts
-    for i in tqdm(range(start, len(examples), batch), "features", disable=None):
+    bad = 0
+    for i in tqdm(range(start, len(examples), batch), part, disable=None):
         rows = range(i, min(i + batch, len(examples)))
-        pixels = [_pixels(model, examples, j) for j in rows]
-        pixels += [pixels[-1]] * (batch - len(pixels))  # one compiled shape
-        placed = sharding.place_batch({"pixels_BHWC": np.stack(pixels)}, mesh)
-        features_BPE = np.asarray(_encode(model, placed["pixels_BHWC"]))[: len(rows)]
+        images = [_image(model, examples, j) for j in rows]
+        blank = np.zeros((cfg.vit.image_size,) * 2 + (3,), np.uint8)
+        stack = [blank if image is None else image for image in images]
+        stack += [blank] * (batch - len(stack))  # one compiled shape
+        placed = sharding.place_batch({"pixels_BHWC": np.stack(stack)}, mesh)
+        features = _encode(model, placed["pixels_BHWC"], part == "queries")
         with np.errstate(over="ignore"):  # refused below, by name
-            out[rows.start : rows.stop] = features_BPE
-        _refuse_infinite(out, examples, rows)
+            values = np.asarray(features)[: len(rows)].astype(dtype)
+        for j, (row, image) in enumerate(zip(values, images, strict=True)):
+            _refuse_infinite(row, examples, rows[j])
+            if image is None:
+                row.flat[0], bad = np.nan, bad + 1
+        out[rows.start : rows.stop] = values.view(stored)
         if (i // batch) % SAVE_EVERY == SAVE_EVERY - 1:
             out.flush()
             _write_count(count, rows.stop)
     out.flush()
-    os.replace(part, done)
+    os.replace(partial, done)
     count.unlink(missing_ok=True)
-    logger.info("features of %d photos: %s", len(examples), done)
+    logger.info(
+        "%s of %d photos, %d of them unreadable: %s", part, len(examples), bad, done
+    )
+
+
+def _check_room(path: Path, need: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < need:
+        raise ConfigError(
+            f"config.cache: features take {need / 1e9:.2f} GB and {path.parent} has "
+            f"{free / 1e9:.2f} GB free; name another cache.folder, or set "
+            "cache.dtype='' to train from the images"
+        )
 
 
 @contextlib.contextmanager
@@ -104,25 +151,26 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-@nnx.jit
-def _encode(model: MiniGPT4, pixels_BHWC):
-    return model.encode_patches(pixels_BHWC)
+@nnx.jit(static_argnums=2)
+def _encode(model: MiniGPT4, pixels_BHWC, to_queries: bool):
+    patches_BPE = model.encode_patches(normalise(pixels_BHWC, model.cfg.vit))
+    return model.qformer(patches_BPE) if to_queries else patches_BPE
 
 
-def _pixels(model: MiniGPT4, examples: TarShards, i: int) -> np.ndarray:
+def _image(model: MiniGPT4, examples: Examples, i: int) -> np.ndarray | None:
     try:
-        return preprocess(read_image(examples[i].image), model.cfg.vit)
+        return squash(read_image(examples.image(i)), model.cfg.vit)
     except InputError as error:
-        raise DataError(f"photo {examples.keys[i]}: {error}") from error
+        logger.warning("%s: %s", examples.where(i), error)
+        return None
 
 
-def _refuse_infinite(out, examples: TarShards, rows: range) -> None:
-    for i in rows:
-        if not np.isfinite(out[i]).all():
-            raise DataError(
-                f"photo {examples.keys[i]}: features are not finite in float16; are the "
-                "frozen weights whole and of this preset?"
-            )
+def _refuse_infinite(row: np.ndarray, examples: Examples, i: int) -> None:
+    if not np.isfinite(row).all():
+        raise DataError(
+            f"{examples.where(i)}: features are not finite in {row.dtype}; are the "
+            "frozen weights whole and of this preset? Or set cache.dtype='float32'"
+        )
 
 
 def _count(path: Path) -> int:
@@ -136,15 +184,17 @@ def _write_count(path: Path, count: int) -> None:
     os.replace(new, path)
 
 
-def _key(model: MiniGPT4, examples: TarShards) -> str:
+def _key(model: MiniGPT4, part: str, dtype: str, examples: Examples) -> str:
     """Hash of all that the features depend on."""
+    values = model.cfg.to_dict()
+    towers = [model.vit, model.ln_vision]
+    if part == "queries":
+        towers.append(model.qformer)
     digest = hashlib.sha256()
-    digest.update(json.dumps(model.cfg.to_dict()["vit"], sort_keys=True).encode())
-    for part in (model.vit, model.ln_vision):
-        for leaf in jax.tree.leaves(nnx.state(part)):
-            digest.update(np.ascontiguousarray(leaf).tobytes())
-    for path in examples.paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update("\n".join(examples.keys).encode())
+    facts = [part, dtype, values["vit"], part == "queries" and values["qformer"]]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for tower in towers:
+        for leaf in jax.tree.leaves(nnx.state(tower)):
+            digest.update(np.ascontiguousarray(sharding.fetch(leaf)).tobytes())
+    digest.update(examples.digest.encode())
     return digest.hexdigest()[:16]

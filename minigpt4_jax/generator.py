@@ -72,11 +72,7 @@ class Generator:
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
-        if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        if dtype not in FLOATS:
-            raise ConfigError(unknown("dtype", dtype, FLOATS))
-        dtypes = DTypes(param=dtype, compute=dtype, output=dtype)
+        dtypes = default_dtypes(dtype)
         path = checkpoint.resolve(name_or_path)
         model = checkpoint.load_model(path, dtypes)
         tokenizer = load_tokenizer(
@@ -216,6 +212,18 @@ def _pieces(events: Iterable[Event]) -> Iterator[str]:
             raise InputError(event.error)
         if event.piece:
             yield event.piece
+
+
+def default_dtypes(dtype: str | None) -> DTypes:
+    """One dtype for weights and products; None: float32 on CPU, else bfloat16.
+
+    On a CPU, XLA's bfloat16 products are the slower ones.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in FLOATS:
+        raise ConfigError(unknown("dtype", dtype, FLOATS))
+    return DTypes(param=dtype, compute=dtype, output=dtype)
 
 
 def _keep_compiled_programs() -> None:

@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -118,14 +119,43 @@ def check_batch(size: int, mesh: Mesh) -> None:
         )
 
 
-def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Split arrays whose names say that B leads (`ids_BT`); others go to every device."""
-    placed = {}
-    for name, value in batch.items():
-        split = name.rpartition("_")[2].startswith("B")
-        if split:
-            check_batch(value.shape[0], mesh)
-        placed[name] = jax.device_put(
-            value, NamedSharding(mesh, BATCH if split else P())
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """(k, n): this process needs part k of n equal parts of every batch.
+
+    Processes whose devices hold the same rows (a `tensor` axis across them) share k.
+    """
+    parts = batch_parts(mesh)
+    where = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
+    rows = sorted({index[0].indices(parts)[0] for index in where.values()})
+    if rows != list(range(rows[0], rows[0] + len(rows))) or parts % len(rows):
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: the devices of one process hold parts {rows} of "
+            f"{parts}; want neighbours, so that a process reads one piece of the batch"
         )
+    return rows[0] // len(rows), parts // len(rows)
+
+
+def place_batch(batch: dict, mesh: Mesh) -> dict:
+    """Split arrays whose names say that B or R leads (`ids_RT`); others go everywhere.
+
+    Of the split ones each process gives the part that `host_part` names.
+    """
+    placed = {}
+    hosts = host_part(mesh)[1]
+    for name, value in batch.items():
+        split = name.rpartition("_")[2].startswith(("B", "R"))
+        if split:
+            check_batch(value.shape[0] * hosts, mesh)
+        where = NamedSharding(mesh, BATCH if split else P())
+        if jax.process_count() == 1:
+            placed[name] = jax.device_put(value, where)
+        else:
+            placed[name] = jax.make_array_from_process_local_data(where, value)
     return placed
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on this host, also when other hosts hold parts of it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)

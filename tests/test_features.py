@@ -1,7 +1,10 @@
 """Features are computed once, never taken from elsewhere, and survive an interruption."""
 
+import dataclasses
 import functools
+import pickle
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax.numpy as jnp
@@ -9,9 +12,11 @@ import numpy as np
 import pytest
 
 from minigpt4_jax import features
-from minigpt4_jax.data.images import preprocess, read_image
-from minigpt4_jax.data.sources import TarShards
-from minigpt4_jax.errors import ConfigError, DataError
+from minigpt4_jax.data.feature_files import FeatureFiles
+from minigpt4_jax.data.images import read_image, squash
+from minigpt4_jax.data.sources import open_data
+from minigpt4_jax.errors import ConfigError, DataError, InputError
+from minigpt4_jax.models.vit import normalise
 from tests import tiny
 from tests.training import one_device, write_shard
 
@@ -23,7 +28,7 @@ def model():
 
 @pytest.fixture
 def photos(tmp_path):
-    return TarShards(write_shard(tmp_path / "photos.tar", range(5)))
+    return open_data(write_shard(tmp_path / "data" / "photos.tar", range(5)))
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +44,60 @@ def seen(monkeypatch):
 
     def counted(image_HWC, cfg):
         calls.append(image_HWC)
-        return preprocess(image_HWC, cfg)
+        return squash(image_HWC, cfg)
 
-    monkeypatch.setattr(features, "preprocess", counted)
+    monkeypatch.setattr(features, "squash", counted)
     return calls
 
 
-def test_features_are_the_patches_of_each_photo(model, photos, tmp_path):
-    found = features.patches(model, photos, tmp_path / "f", one_device())
-    pixels_BHWC = np.stack(
-        [preprocess(read_image(photo.image), model.cfg.vit) for photo in photos]
+def made(model, photos, folder, part="patches", dtype="float16") -> FeatureFiles:
+    path = features.make(model, part, dtype, photos, folder, one_device())
+    return FeatureFiles([path], np.dtype(getattr(jnp, dtype)))
+
+
+def rows(files: FeatureFiles, count: int = 5) -> np.ndarray:
+    return np.stack([files(0, i) for i in range(count)])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("part", ["patches", "queries"])
+def test_features_are_what_the_frozen_towers_make(
+    model, photos, tmp_path, part, dtype, tolerance
+):
+    found = rows(made(model, photos, tmp_path / "f", part, dtype))
+    images_BHWC = np.stack(
+        [squash(read_image(photo.image), model.cfg.vit) for photo in photos]
     )
-    want_BPE = model.encode_patches(jnp.asarray(pixels_BHWC))
-    assert found.shape == want_BPE.shape and found.dtype == np.float16
-    np.testing.assert_allclose(found, want_BPE, rtol=1e-3, atol=1e-3)
+    want = model.encode_patches(normalise(jnp.asarray(images_BHWC), model.cfg.vit))
+    if part == "queries":
+        want = model.qformer(want)
+    assert found.shape == want.shape and found.dtype == getattr(jnp, dtype)
+    np.testing.assert_allclose(
+        found.astype(np.float32), want, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_features_can_be_read_in_another_process(model, photos, tmp_path):
+    files = made(model, photos, tmp_path / "f")
+    again = pickle.loads(pickle.dumps(files))
+    np.testing.assert_array_equal(rows(again), rows(files))
+
+
+@pytest.mark.parametrize(
+    "trainable, part",
+    [
+        (["projector/bias"], "queries"),
+        (["qformer/query_tokens", "projector/bias"], "patches"),
+        (["projector/bias", "ln_vision/scale"], "pixels"),
+        (["vit/class_token"], "pixels"),
+        (["llama/norm/scale"], "queries"),
+    ],
+)
+def test_what_is_kept_lies_before_the_first_trainable(trainable, part):
+    assert features.frozen_part(tiny.CONFIG, trainable) == part
+    without = dataclasses.replace(tiny.CONFIG, qformer=None, patches_per_token=1)
+    want = "patches" if part == "queries" else part
+    assert features.frozen_part(without, trainable) == want
 
 
 def test_a_run_waits_for_another_that_makes_the_same_file(
@@ -68,73 +113,73 @@ def test_a_run_waits_for_another_that_makes_the_same_file(
 
     monkeypatch.setattr(features, "_refuse_infinite", slow)
     with ThreadPoolExecutor(2) as pool:
-        make = functools.partial(features.patches, model, photos, tmp_path)
-        first = pool.submit(make, one_device())
+        make = functools.partial(made, model, photos, tmp_path)
+        first = pool.submit(make)
         assert begun.wait(60)
-        second = pool.submit(make, one_device())
+        second = pool.submit(make)
         assert not wait([second], timeout=0.5).done
         go_on.set()
-        np.testing.assert_array_equal(first.result(60), second.result(60))
+        np.testing.assert_array_equal(rows(first.result(60)), rows(second.result(60)))
     assert len(seen) == 5
 
 
 def test_the_second_time_reads_the_file(model, photos, tmp_path, seen):
-    first = features.patches(model, photos, tmp_path, one_device())
+    first = made(model, photos, tmp_path)
     assert len(seen) == 5
-    second = features.patches(model, photos, tmp_path, one_device())
+    second = made(model, photos, tmp_path)
     assert len(seen) == 5
-    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(rows(first), rows(second))
 
 
 def test_other_weights_pixels_or_data_are_computed_anew(photos, tmp_path, seen):
     folder = tmp_path / "f"
     weights, pixels, norm = tiny.model(), tiny.model(), tiny.model()
-    features.patches(weights, photos, folder, one_device())
+    made(weights, photos, folder)
     weights.vit.patch.bias[...] += 1e-3
     norm.ln_vision.scale[...] += 1e-3
     vit = pixels.cfg.vit
     changed = type(vit)(**{**vars(vit), "mean": tuple(m + 0.1 for m in vit.mean)})
     pixels.cfg = type(pixels.cfg)(**{**vars(pixels.cfg), "vit": changed})
     # Same names, and files of the same size.
-    other = TarShards(write_shard(tmp_path / "other" / "photos.tar", range(5), seed=1))
+    other = open_data(write_shard(tmp_path / "other" / "photos.tar", range(5), seed=1))
     for count, (model, examples) in enumerate(
         [(weights, photos), (norm, photos), (pixels, photos), (tiny.model(), other)],
         start=2,
     ):
-        features.patches(model, examples, folder, one_device())
+        made(model, examples, folder)
         assert len(seen) == 5 * count
         assert len(list(folder.glob("*.npy"))) == count
 
 
 def test_what_does_not_make_the_features_does_not_matter(photos, tmp_path, seen):
     model = tiny.model()
-    features.patches(model, photos, tmp_path, one_device())
+    made(model, photos, tmp_path)
     model.projector.bias[...] += 1
     model.llama.norm.scale[...] += 1
-    features.patches(model, photos, tmp_path, one_device())
+    made(model, photos, tmp_path)
     assert len(seen) == 5
 
 
 def test_an_interrupted_extraction_goes_on_where_it_stopped(
     model, photos, tmp_path, seen, monkeypatch
 ):
-    whole = np.array(features.patches(model, photos, tmp_path / "whole", one_device()))
+    whole = rows(made(model, photos, tmp_path / "whole"))
     refuse, seen[:] = features._refuse_infinite, []
 
-    def interrupt(out, examples, rows):
-        refuse(out, examples, rows)
-        if rows.stop == 4:
+    def interrupt(row, examples, i):
+        refuse(row, examples, i)
+        if i == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(features, "_refuse_infinite", interrupt)
     folder = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        features.patches(model, photos, folder, one_device())
+        made(model, photos, folder)
     assert not list(folder.glob("*.npy")) and len(seen) == 4
     monkeypatch.setattr(features, "_refuse_infinite", refuse)
-    found = features.patches(model, photos, folder, one_device())
+    found = made(model, photos, folder)
     assert len(seen) == 4 + 3  # the second batch was not on record
-    np.testing.assert_array_equal(found, whole)
+    np.testing.assert_array_equal(rows(found), whole)
     assert [file.suffix for file in folder.iterdir()] == [".npy"]
 
 
@@ -142,20 +187,32 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(
 def test_features_that_float16_cannot_hold_are_refused(photos, tmp_path, scale):
     model = tiny.model()
     model.ln_vision.scale[...] *= scale
-    with pytest.raises(DataError, match="photo 00000: .* not finite in float16"):
-        features.patches(model, photos, tmp_path, one_device())
+    with pytest.raises(DataError, match="00000: features are not finite in float16"):
+        made(model, photos, tmp_path)
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_a_photo_that_cannot_be_decoded_is_named(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.training.jpeg", lambda seed: b"not a photo")
-    photos = TarShards(write_shard(tmp_path / "bad.tar", [7]))
-    with pytest.raises(DataError, match="photo 00007: "):
-        features.patches(model, photos, tmp_path, one_device())
+def test_a_photo_that_cannot_be_decoded_is_told_when_it_is_read(
+    model, photos, tmp_path, monkeypatch, caplog
+):
+    def damaged(image, **_):
+        if image == photos.image(2):
+            raise InputError("image: damaged")
+        return read_image(image)
+
+    monkeypatch.setattr(features, "read_image", damaged)
+    files = made(model, photos, tmp_path)
+    assert "00002: image: damaged" in caplog.text
+    with pytest.raises(InputError, match="example 2 was unreadable"):
+        files(0, 2)
+    assert np.isfinite(files(0, 1)).all() and np.isfinite(files(0, 3)).all()
 
 
-def test_a_trainable_vision_tower_is_refused():
-    features.check_frozen(["qformer/query_tokens", "projector/bias"])
-    for path in ("vit/class_token", "ln_vision/scale"):
-        with pytest.raises(ConfigError, match=f"{path}; .* stay frozen"):
-            features.check_frozen(["projector/bias", path])
+def test_a_disk_without_room_is_told_before_anything_is_made(
+    model, photos, tmp_path, monkeypatch, seen
+):
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match="0.00 GB free; name another cache.folder"):
+        made(model, photos, tmp_path / "f")
+    assert not seen and not list((tmp_path / "f").iterdir())
