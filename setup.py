@@ -31,6 +31,9 @@ REQUIRES = [
 # Reads the two weight packages of weights.txt; no torch, so `make demo` stays small.
 DEMO = ["gguf>=0.17", "onnx>=1.18"]
 
+# What the trainer reads data with, and shows its curves.
+TRAIN = ["grain>=0.2.10", "tensorboardX>=2.6"]
+
 EXTRAS = {
     "demo": DEMO,
     "convert": [
@@ -40,6 +43,8 @@ EXTRAS = {
     ],
     "test": [
         *DEMO,
+        *TRAIN,
+        "tensorflow-datasets>=4.9",
         "PyYAML>=6",
         "torch>=2.6",  # what parity is tested against
         "transformers>=5",
@@ -49,7 +54,8 @@ EXTRAS = {
         "ruff>=0.12",
         "setuptools>=77",  # builds the wheel that tests/test_packaging.py reads
     ],
-    "data": ["grain>=0.2", "tensorflow-datasets>=4.9"],
+    "train": TRAIN,
+    "data": [*TRAIN, "tensorflow-datasets>=4.9"],  # builds and reads ArrayRecord
     "serve": ["gradio>=6.20"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda12]>=0.10,<0.13"],

@@ -69,6 +69,9 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python}
 
+$dry_run || "$python" -c 'import grain, tensorboardX' 2> /dev/null ||
+    fail "training needs more packages: $python -m pip install -e '.[train]'"
+
 run() {
     printf '%q ' "$@" >&2
     printf '\n' >&2
@@ -79,7 +82,8 @@ train() {
     local stage=$1
     shift
     run "$python" -m minigpt4_jax.train --config "configs/demo_$stage.py" \
-        --data "$data" --workdir "$workdir/$stage" --features "$workdir/features" "$@"
+        --workdir "$workdir/$stage" --config.data.photos.path="$data/train" \
+        --config.val="$data/val" --config.cache.folder="$workdir/features" "$@"
 }
 
 run "$python" -m convert demo --no-connector

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+import jax
 
 from minigpt4_jax import checkpoint
 from minigpt4_jax.errors import CheckpointError
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 PICKLES = (".pth", ".pt", ".bin")
 
 
-def read(
-    init: str, wanted: Mapping[str, tuple[int, ...]], directory: Path, workdir: Path
-) -> dict[str, np.ndarray]:
-    """The trainables of `init`, no more and no fewer than `wanted` (shapes by path).
+def begin(
+    params: Mapping[str, jax.Array], init: str, directory: Path, workdir: Path
+) -> dict[str, jax.Array]:
+    """The trainables of `init`, no more and no fewer than `params`, in their places.
 
     More would be lost: a work directory keeps its trainables alone, so with others under
     them in training `Generator.load` would put together another model than was trained.
@@ -42,13 +42,16 @@ def read(
     else:
         path = checkpoint.resolve(init)
     try:
-        found = checkpoint.read_arrays(path, wanted)
+        found = checkpoint.read_arrays(path, {k: x.shape for k, x in params.items()})
     except CheckpointError as error:
         raise CheckpointError(
             f"config.init: want exactly what config.trainable names. {error}"
         ) from error
     logger.info("%d trainables from %s", len(found), init)
-    return found
+    return {
+        name: jax.device_put(found[name].astype(x.dtype), x.sharding)
+        for name, x in params.items()
+    }
 
 
 def _converted(path: Path, directory: Path, workdir: Path) -> Path:

@@ -13,13 +13,18 @@ from minigpt4_jax.errors import InputError
 
 
 class FeatureFiles:
-    """Rows of several mapped files; picklable, so that loader processes can have it."""
+    """Rows of several mapped files; picklable, so that loader processes can have it.
+
+    Attributes:
+        blank: zeros of a row's shape and dtype.
+    """
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
         """Args: paths, one a source of the plan; dtype that the rows are of."""
         self.paths = list(paths)
         self.dtype = dtype
         self._open()
+        self.blank = np.zeros(self._files[0].shape[1:], dtype)
 
     def __call__(self, source: int, example: int) -> np.ndarray:
         """Features of one example; raises InputError where its image was unreadable."""
@@ -32,7 +37,7 @@ class FeatureFiles:
         return row
 
     def __getstate__(self) -> dict:
-        return {"paths": self.paths, "dtype": self.dtype}
+        return {"paths": self.paths, "dtype": self.dtype, "blank": self.blank}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state

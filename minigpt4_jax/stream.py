@@ -1,0 +1,64 @@
+"""A loader's batches on their devices, one step ahead of the step that is computed."""
+
+import time
+
+import numpy as np
+
+from minigpt4_jax import sharding
+from minigpt4_jax.data.loader import Loader
+
+
+class Stream:
+    """Steps of `accumulate` placed batches each, and what a meter counts of them.
+
+    Attributes:
+        position: of the loader after the batches that were given out last.
+        bad: examples so far whose image was unreadable, in this process.
+    """
+
+    def __init__(self, loader: Loader, mesh, accumulate: int):
+        self._loader, self._batches = loader, iter(loader)
+        self._mesh, self._accumulate = mesh, accumulate
+        self._hosts = sharding.host_part(mesh)[1]
+        self._next: tuple | None = None
+        self.position = loader.get_state()
+        self.bad = 0
+
+    def prepare(self) -> None:
+        """Fetch and place the batches of the next step, if they are not there yet.
+
+        Raises StopIteration never: after the last step there is nothing to prepare.
+        """
+        if self._next is not None:
+            return
+        began = time.monotonic()
+        batches = []
+        for _ in range(self._accumulate):
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            batches.append(batch)
+        waited = time.monotonic() - began
+        placed = tuple(sharding.place_batch(batch, self._mesh) for batch in batches)
+        self._next = placed, batches, waited, self._loader.get_state()
+
+    def step(self) -> tuple[tuple[dict, ...], dict]:
+        """The next step's placed batches, and counts for `Meter.step`."""
+        self.prepare()
+        assert self._next is not None, "a step after the loader's end"
+        placed, batches, waited, self.position = self._next
+        self._next = None
+        self.bad += sum(int((b["ok_B"] == 0).sum()) for b in batches)
+        count = {"examples": 0, "answer_tokens": 0, "tokens": 0}
+        for batch in batches:
+            count["examples"] += len(batch["ok_B"])
+            if "segments_RT" in batch:
+                count["tokens"] += int(np.count_nonzero(batch["segments_RT"]))
+                count["answer_tokens"] += int(batch["loss_mask_RA"].sum())
+        # Other hosts' parts are as large, but for a few tokens.
+        return placed, {k: v * self._hosts for k, v in count.items()} | {
+            "waited": waited
+        }
+
+    def close(self) -> None:
+        self._loader.close()
