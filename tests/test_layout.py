@@ -55,13 +55,24 @@ ROOMS = (
     (r"minigpt4_jax/data/images", {"numpy", "PIL"}, rf"{ERRORS}"),
     (r"minigpt4_jax/data/tokens", {"tokenizers", "sentencepiece"}, rf"{ERRORS}|{DATA}"),
     (
+        r"minigpt4_jax/data/(plan|loader\w*)",
+        {"absl", "grain", "numpy"},
+        rf"{ERRORS}|{DATA}",
+    ),
+    (r"minigpt4_jax/data/(contact_sheet|scan)", {"PIL", "numpy"}, rf"{ERRORS}|{DATA}"),
+    (
+        r"minigpt4_jax/data/(build|token_counts)",  # what is kept on disk
+        {"numpy", "tqdm"},
+        rf"{ERRORS}|{DATA}|minigpt4_jax(\.locate)?",
+    ),
+    (
         r"minigpt4_jax/data/\w+",
         {"numpy"},
         rf"{ERRORS}|{REQUEST}|{DATA}",
     ),
     (r"minigpt4_jax/locate", set(), ERRORS),
     (r"minigpt4_jax/sharding", {*NET, "numpy"}, ERRORS),
-    (r"minigpt4_jax/optim", {"optax"}, ERRORS),
+    (r"minigpt4_jax/optim", {"jax", "optax"}, ERRORS),
     (r"minigpt4_jax/sampling", {"jax", "numpy"}, rf"{ERRORS}|{REQUEST}"),
     (
         r"minigpt4_jax/storage",
@@ -71,7 +82,7 @@ ROOMS = (
     (
         r"minigpt4_jax/checkpoint",
         {*NET, "numpy", "safetensors"},
-        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.(sharding|locate|storage)",
+        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.(sharding|locate|storage|kept)",
     ),
     (
         r"minigpt4_jax/features",
@@ -98,18 +109,43 @@ ROOMS = (
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (
         r"minigpt4_jax/workdir",
-        {"orbax"},
-        rf"{ERRORS}|minigpt4_jax|minigpt4_jax\.(checkpoint|locate|run_config)",
+        {"jax", "ml_collections", "numpy", "orbax"},
+        rf"{ERRORS}|minigpt4_jax|"
+        r"minigpt4_jax\.(kept|locate|run_config|sharding|storage)",
+    ),
+    (
+        r"minigpt4_jax/kept",
+        set(),
+        rf"{ERRORS}|minigpt4_jax|minigpt4_jax\.(locate|storage)",
+    ),
+    (r"minigpt4_jax/initial", {"jax"}, rf"{ERRORS}|minigpt4_jax\.checkpoint"),
+    (r"minigpt4_jax/guard", {"jax", "numpy"}, ERRORS),
+    (r"minigpt4_jax/(diagnosis|curves)", set(), r""),
+    (
+        r"minigpt4_jax/progress",  # tensorboardX and wandb only where they are used
+        {"PIL", "tensorboardX", "tqdm", "wandb"},
+        rf"{ERRORS}|{DATA}",
+    ),
+    (
+        r"minigpt4_jax/stream",
+        {"numpy"},
+        rf"{DATA}|minigpt4_jax|minigpt4_jax\.sharding",
     ),
     (
         r"minigpt4_jax/task",
-        {"numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(step|engine|generator)",
+        {"jax", "numpy"},
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(step|engine|generator|features|sharding)",
+    ),
+    (
+        r"minigpt4_jax/looks",
+        {"jax", "numpy"},
+        r"minigpt4_jax\.(diagnosis|progress|sharding|step|task)",
     ),
     (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
-        r"minigpt4_jax/(train|generate|chat)",  # commands: they may call anything of ours
-        {"jax", "numpy", "absl", "ml_collections", "tqdm"},
+        r"minigpt4_jax/(train|generate|chat|report)",  # commands: anything of ours
+        {"PIL", "jax", "absl", "ml_collections", "tqdm", "numpy"},
         PACKAGE,
     ),
     (
