@@ -1,41 +1,91 @@
-"""Training rows: (prompt, answers) of a photo -> fixed-length arrays, and their order.
+"""What a step learns from: captions of its examples -> texts -> arrays.
 
-What stands in row r of step s follows from the seed and the index alone: the order of an
-epoch is a permutation drawn from (seed, epoch), and all choices about an example are
-drawn from (seed, epoch, example).
+All choices about an example are drawn from (seed, source, epoch, example), so that what
+stands in a batch follows from the plan alone.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from minigpt4_jax.data import demo_texts
+from minigpt4_jax.data.plan import Plan
 from minigpt4_jax.data.prompts import (
+    ALIGNMENT_QUESTIONS,
     Template,
     caption_answer,
     caption_prompt,
     training_answer,
     training_prompt,
 )
-from minigpt4_jax.data.tokens import Tokenizer, lay_out
-from minigpt4_jax.errors import ConfigError, DataError
+from minigpt4_jax.data.rows import Piece, RowSizes, Turn, encode, lay_out, row_sizes
+from minigpt4_jax.data.texts import Clean, as_written
+from minigpt4_jax.data.tokens import Tokenizer
+from minigpt4_jax.data.tokens import lay_out as lay_out_prompt
+from minigpt4_jax.errors import ConfigError
 
-BRANCHES = 256  # as in models/layers.py; a test holds them equal
-Turn = tuple[list[int], list[bool], list[int]]  # ids and slots of a prompt, answer ids
 Texts = Callable[[Sequence[str], np.random.Generator], list[Turn]]
 
 
-def caption_texts(tokenizer: Tokenizer, num_slots: int) -> Texts:
-    """Stage 1: no prompt at all, each caption is an answer."""
+class Captioned(Protocol):
+    """What is read of a data set here (data/sources.py: Examples)."""
+
+    def __len__(self) -> int: ...
+    def captions(self, index: int) -> Sequence[str]: ...
+
+
+# Texts.
+
+
+def caption_texts(
+    tokenizer: Tokenizer,
+    num_slots: int,
+    *,
+    clean: Clean = as_written,
+    limit: int = 0,
+    one: bool = False,
+) -> Texts:
+    """Stage 1: no prompt at all, each caption is an answer.
+
+    Args:
+        limit: tokens that an answer keeps, its end included; 0: all (the reference's
+            max_txt_len, which costs a long answer its end).
+        one: a caption drawn of each image instead of all, in an order drawn.
+    """
+    prompt = lay_out_prompt(caption_prompt(), tokenizer, num_slots)
 
     def texts(captions, rng):
-        ids, slots = lay_out(caption_prompt(), tokenizer, num_slots)
-        answers = [
-            lay_out(caption_answer(caption), tokenizer, num_slots, bos=False)[0]
-            for caption in captions
+        return [
+            (*prompt, _answer(caption_answer(clean(caption)), tokenizer, limit))
+            for caption in _drawn(captions, rng, one)
         ]
-        return [(ids, slots, answers[i]) for i in rng.permutation(len(answers))]
+
+    return texts
+
+
+def description_texts(
+    tokenizer: Tokenizer,
+    num_slots: int,
+    template: Template,
+    *,
+    clean: Clean = as_written,
+    limit: int = 0,
+    one: bool = False,
+) -> Texts:
+    """Stage 2 of the reference: a request drawn for each example, a caption answers it."""
+    prompts = [
+        lay_out_prompt(training_prompt(template, question), tokenizer, num_slots)
+        for question in ALIGNMENT_QUESTIONS
+    ]
+
+    def texts(captions, rng):
+        prompt = prompts[rng.integers(len(prompts))]
+        return [
+            (*prompt, _answer(training_answer(template, clean(c)), tokenizer, limit))
+            for c in _drawn(captions, rng, one)
+        ]
 
     return texts
 
@@ -45,17 +95,19 @@ def dialogue_texts(
     num_slots: int,
     template: Template,
     one_sentence_share: float,
+    *,
+    limit: int = 0,
 ) -> Texts:
-    """Stage 2: questions and answers derived from the captions (demo_texts.py).
+    """Stage 2 of the demo: questions and answers derived from captions (demo_texts.py).
 
-    `one_sentence_share` of the rows answer one question with every caption of the
+    `one_sentence_share` of the examples answer one question with every caption of the
     photo; the others mix a detailed description and short questions.
     """
 
-    def encode(question, answer) -> Turn:
-        ids, slots = lay_out(training_prompt(template, question), tokenizer, num_slots)
-        answer = training_answer(template, answer)
-        return ids, slots, lay_out(answer, tokenizer, num_slots, bos=False)[0]
+    def turn(question: str, answer: str) -> Turn:
+        prompt = training_prompt(template, question)
+        ids, slots = lay_out_prompt(prompt, tokenizer, num_slots)
+        return ids, slots, _answer(training_answer(template, answer), tokenizer, limit)
 
     def texts(captions, rng):
         one_sentence = demo_texts.one_sentence(captions, rng)
@@ -68,174 +120,154 @@ def dialogue_texts(
         else:
             question = one_sentence[0][0]
             turns = [(question, answer) for _, answer in one_sentence]
-        return [encode(*turns[i]) for i in rng.permutation(len(turns))]
+        return [turn(*turns[i]) for i in rng.permutation(len(turns))]
 
     return texts
 
 
-def pack(turns: Sequence[Turn], length: int, answer_length: int) -> dict:
-    """One row in which the turns about one photo share what their prompts share.
-
-    The longest common beginning of the prompts, which must hold all slots, is read
-    once; each turn goes on from it as a branch that sees no other (attention_mask in
-    models/layers.py). A turn that no longer fits is left out, the first one is cut.
-
-    Returns:
-        ids_T, slots_T, segments_T, positions_T; answer_ids_A: tokens to be predicted;
-        answer_from_A: the places whose output predicts them; loss_mask_A.
-    """
-    assert 0 < len(turns) < BRANCHES
-    prompts = [list(zip(ids, slots, strict=True)) for ids, slots, _ in turns]
-    shared = _common(prompts)
-    if any(slot for prompt in prompts for _, slot in prompt[shared:]):
-        raise DataError("turns of a row differ before the image ends; cannot share it")
-    row = {
-        "ids_T": np.zeros(length, np.int32),
-        "slots_T": np.zeros(length, bool),
-        "segments_T": np.zeros(length, np.int32),
-        "positions_T": np.zeros(length, np.int32),
-        "answer_ids_A": np.zeros(answer_length, np.int32),
-        "answer_from_A": np.zeros(answer_length, np.int32),
-        "loss_mask_A": np.zeros(answer_length, np.float32),
-    }
-    row["ids_T"][:shared] = [token for token, _ in prompts[0][:shared]]
-    row["slots_T"][:shared] = [slot for _, slot in prompts[0][:shared]]
-    row["segments_T"][:shared] = BRANCHES
-    row["positions_T"][:shared] = np.arange(shared)
-    first = len(prompts[0])
-    if first >= length:
-        raise DataError(
-            f"a prompt of {first} tokens leaves no room for an answer in a row of "
-            f"{length}; raise config.row.tokens"
-        )
-    at, answered = shared, 0
-    for branch, (ids, _, answer) in enumerate(turns, start=1):
-        own = ids[shared:]
-        if branch > 1 and (
-            at + len(own) + len(answer) - 1 > length
-            or answered + len(answer) > answer_length
-        ):
-            continue
-        answer = answer[: min(answer_length, length - at - len(own) + 1)]
-        tokens = [*own, *answer[:-1]]  # the last answer token is predicted, not read
-        places = np.arange(at, at + len(tokens))
-        row["ids_T"][places] = tokens
-        row["segments_T"][places] = BRANCHES + branch
-        row["positions_T"][places] = shared + np.arange(len(tokens))
-        read = np.concatenate([[shared - 1], places])[len(own) :]
-        span = slice(answered, answered + len(answer))
-        row["answer_ids_A"][span] = answer
-        row["answer_from_A"][span] = read
-        row["loss_mask_A"][span] = 1
-        at, answered = at + len(tokens), answered + len(answer)
-    return row
+def _answer(segments, tokenizer: Tokenizer, limit: int) -> list[int]:
+    ids = lay_out_prompt(segments, tokenizer, 0, bos=False)[0]
+    return ids[:limit] if limit else ids
 
 
-def order(seed: int, num_examples: int, batch_size: int, step: int) -> list:
-    """(epoch, example) of each row of a step; epochs follow each other without a gap."""
-    rows = range(step * batch_size, (step + 1) * batch_size)
-    permutations = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(num_examples)
-        for epoch in {row // num_examples for row in rows}
-    }
-    return [
-        (
-            row // num_examples,
-            int(permutations[row // num_examples][row % num_examples]),
-        )
-        for row in rows
-    ]
+def _drawn(captions: Sequence[str], rng: np.random.Generator, one: bool) -> list[str]:
+    if one:
+        return [captions[rng.integers(len(captions))]]
+    return [captions[i] for i in rng.permutation(len(captions))]
 
 
-def caption_batches(
-    captions: Sequence[Sequence[str]],
-    patches,
-    texts: Texts,
-    *,
-    seed: int,
-    batch_size: int,
-    row,
-    start: int = 0,
-) -> Iterator[dict]:
-    """Batches from step `start` on: rows of `pack` stacked, and patches_BPE.
+# Arrays of a step.
+
+
+class AnswerArrays:
+    """(step, picks) -> the arrays of data/rows.py, for losses of answer tokens.
 
     Args:
-        captions: of each example.
-        patches: [examples P E], array or memory map.
-        row: has `tokens` and `answers`, the lengths T and A.
+        sources: the data sets, in the order of the plan.
+        tokens, answers: most that one example may have of each.
+        counts: of each source, its Examples.token_counts with texts.WITH_END, where
+            `texts` are caption_texts: then most lengths are known without making them.
+        limit: of `texts`.
+
+    Attributes:
+        sizes: shape of the arrays; None: a row of `tokens` for each example.
+        packed: whether several examples share a row, which takes `sizes`.
     """
-    step = start
-    while True:
-        picks = order(seed, len(captions), batch_size, step)
-        rows = []
-        for epoch, i in picks:
-            rng = np.random.default_rng([seed, epoch, i + 1])  # 0 would be order's own
-            rows.append(pack(texts(captions[i], rng), row.tokens, row.answers))
-        batch = {
-            name[:-1] + "B" + name[-1]: np.stack([r[name] for r in rows])
-            for name in rows[0]
+
+    def __init__(
+        self,
+        sources: Sequence[Captioned],
+        texts: Texts,
+        *,
+        seed: int,
+        num_slots: int,
+        tokens: int,
+        answers: int,
+        counts: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+        limit: int = 0,
+    ):
+        self.sources, self.texts = list(sources), texts
+        self.seed, self.num_slots = seed, num_slots
+        self.tokens, self.answers = tokens, answers
+        self.counts, self.limit = counts, limit
+        self.sizes: RowSizes | None = None
+        self.packed = False
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"counts": None}  # large, and no worker needs them
+
+    def __call__(self, step: int, picks: np.ndarray) -> dict[str, np.ndarray]:
+        pieces = [self.piece(*pick) for pick in picks.tolist()]
+        sizes = self.sizes
+        if sizes is None:
+            assert not self.packed, "packed rows need the sizes that row_sizes finds"
+            sizes = RowSizes(len(pieces), self.tokens, self.answers, padding=0.0)
+        return lay_out(pieces, sizes, self.num_slots, self.packed)
+
+    def piece(self, source: int, epoch: int, example: int) -> Piece:
+        """One example of the plan."""
+        # example + 1: [seed, source, epoch] is the key of the plan's own draws.
+        rng = np.random.default_rng([self.seed, source, epoch, example + 1])
+        turns = self.texts(self.sources[source].captions(example), rng)
+        return encode(turns, self.tokens, self.answers)
+
+    def fit(self, plan: Plan, steps: range, packed: int = 0, multiple: int = 1) -> None:
+        """Set `sizes` to the smallest that hold these steps of the plan (row_sizes)."""
+        lengths = [self.lengths(plan.picks(step)) for step in steps]
+        tokens_SB, answers_SB = (np.array(part) for part in zip(*lengths, strict=True))
+        self.sizes = row_sizes(tokens_SB, answers_SB, packed=packed, multiple=multiple)
+        self.packed = packed > 0
+
+    def lengths(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and answer tokens of each example."""
+        tokens_B = np.zeros(len(picks), np.int32)
+        answers_B = np.zeros(len(picks), np.int32)
+        if self.counts is not None:
+            self._count(picks, tokens_B, answers_B)
+        for b in np.flatnonzero(answers_B < 1):
+            piece = self.piece(*picks[b].tolist())
+            tokens_B[b] = piece.tokens_4T.shape[1]
+            answers_B[b] = piece.answers_2A.shape[1]
+        return tokens_B, answers_B
+
+    def _count(self, picks: np.ndarray, tokens_B, answers_B) -> None:
+        """Fill in the lengths of examples with one caption, on which nothing is drawn."""
+        assert self.counts is not None
+        shared = 1 + self.num_slots  # BOS and the image
+        for source, (starts, counts) in enumerate(self.counts):
+            own = np.flatnonzero(picks[:, 0] == source)
+            first = starts[picks[own, 2]]
+            single = starts[picks[own, 2] + 1] - first == 1
+            own, first = own[single], first[single]
+            most = min(
+                self.limit or self.answers, self.answers, self.tokens - shared + 1
+            )
+            answers_B[own] = np.minimum(counts[first], most)
+            tokens_B[own] = shared + answers_B[own] - 1
+
+
+class WordArrays:
+    """(step, picks) -> target_BV, the share of a photo's captions that hold each word,
+    and `vocabulary`'s words_V and share_V; for the warm start."""
+
+    def __init__(self, sources: Sequence[Captioned], tokenizer, words_V, share_V):
+        self.sources, self.tokenizer = list(sources), tokenizer
+        self.words_V, self.share_V = words_V, share_V
+        self.column = {int(word): i for i, word in enumerate(words_V)}
+
+    def __call__(self, step: int, picks: np.ndarray) -> dict[str, np.ndarray]:
+        target_BV = np.zeros((len(picks), len(self.words_V)), np.float32)
+        for target_V, (source, _, example) in zip(target_BV, picks.tolist()):
+            captions = self.sources[source].captions(example)
+            for text in captions:
+                words = set(self.tokenizer.encode(text))
+                found = [self.column[word] for word in words if word in self.column]
+                target_V[found] += 1 / len(captions)
+        return {
+            "target_BV": target_BV,
+            "words_V": self.words_V,
+            "share_V": self.share_V,
         }
-        images = [i for _, i in picks]
-        batch["patches_BPE"] = np.asarray(patches[images], np.float32)
-        yield batch
-        step += 1
 
 
 def vocabulary(
-    captions: Sequence[Sequence[str]], tokenizer: Tokenizer, least: int
+    sources: Sequence[Captioned], tokenizer: Tokenizer, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """words_V, the tokens found in at least `least` captions, and share_V, the share of
     captions that each is in."""
     counts: Counter[int] = Counter()
     total = 0
-    for texts in captions:
-        total += len(texts)
-        for text in texts:
-            counts.update(set(tokenizer.encode(text)))
+    for source in sources:
+        for i in range(len(source)):
+            texts = source.captions(i)
+            total += len(texts)
+            for text in texts:
+                counts.update(set(tokenizer.encode(text)))
     words = sorted(token for token, n in counts.items() if n >= least)
     if not words:
-        raise ConfigError(f"no token is in {least} captions; lower config.words.least")
+        raise ConfigError(
+            f"no token is in {least} captions; lower config.text.words_least"
+        )
     # A word of every caption would have an infinite logit.
     share = [min(counts[word], total - 0.5) / total for word in words]
     return np.array(words, np.int32), np.array(share, np.float32)
-
-
-def word_batches(
-    captions: Sequence[Sequence[str]],
-    patches,
-    tokenizer: Tokenizer,
-    words_V,
-    share_V,
-    *,
-    seed: int,
-    batch_size: int,
-    start: int = 0,
-) -> Iterator[dict]:
-    """Batches for the warm start: patches_BPE; target_BV, the share of a photo's captions
-    that hold each word; and `vocabulary`'s words_V and share_V."""
-    column = {int(word): i for i, word in enumerate(words_V)}
-    targets = np.zeros((len(captions), len(words_V)), np.float16)
-    for i, texts in enumerate(captions):
-        for text in texts:
-            found = [column[t] for t in set(tokenizer.encode(text)) if t in column]
-            targets[i, found] += 1 / len(texts)
-    step = start
-    while True:
-        images = [i for _, i in order(seed, len(captions), batch_size, step)]
-        yield {
-            "patches_BPE": np.asarray(patches[images], np.float32),
-            "target_BV": targets[images].astype(np.float32),
-            "words_V": words_V,
-            "share_V": share_V,
-        }
-        step += 1
-
-
-def _common(prompts: Sequence[list]) -> int:
-    """Length of the longest beginning that all lists share."""
-    length = 0
-    for entries in zip(*prompts, strict=False):
-        if any(entry != entries[0] for entry in entries):
-            break
-        length += 1
-    return length
