@@ -55,15 +55,16 @@ class Loose(NamedTuple):
     """An image in its own file, and its label or the files of it."""
 
     key: str
-    image: str  # path; "" if none is named
-    label: Label | Fault | tuple[str, ...]  # as read, or paths of .json and .txt
+    image: str  # path
+    label: Label | Fault | tuple[str, ...]  # as read; or paths of .json and .txt
 
 
 def scan_tar(part: tuple[int, Path, int]) -> Found:
     """The examples of a tar, in order of their images.
 
     One example is KEY.jpg (or another image suffix) with KEY.json or KEY.txt. The rest of
-    a damaged tar is lost: counted by the headers that are still there, else as one.
+    a damaged tar is lost: counted as the example at the damage and those whose headers
+    are still there behind it.
 
     Args:
         part: number of the shard, its path, its size.
@@ -98,9 +99,9 @@ def scan_tar(part: tuple[int, Path, int]) -> Found:
                     file, error.at, lambda name: split(name)[1] in SUFFIXES
                 )
     except OSError as error:
-        damage, lost = tars.Damage(f"not readable ({error.strerror})", 0), 1
+        damage, lost = tars.Damage(f"not readable ({error.strerror})", 0), 0
     if damage is not None:
-        found.lose(f"tar {damage}", count=max(lost, 1))
+        found.lose(f"tar {damage}", count=1 + lost)
         if (key in images) != (key in labels):  # its other half is behind the damage
             images.pop(key, None)
             labels.pop(key, None)
@@ -122,14 +123,16 @@ def scan_loose(part: tuple[int, Path, list[Loose]]) -> Found:
     found = Found(shard, work=len(records))
     for record in records:
         labels: dict[str, Label | Fault] = {}
-        if isinstance(record.label, tuple):
+        if isinstance(record.label, Fault):
+            found.lose(str(record.label), record.key)
+            continue
+        if isinstance(record.label, Label):
+            labels[".json"] = record.label
+        else:
             for name in record.label:
                 suffix = split(name)[1]
                 labels[suffix] = _label_file(base / name, suffix)
-        else:
-            labels[".json"] = record.label
-        facts = _image_file(base / record.image) if record.image else Fault("no image")
-        _keep(found, record.key, facts, labels, record.image)
+        _keep(found, record.key, _image_file(base / record.image), labels, record.image)
     return found
 
 
@@ -268,7 +271,7 @@ def _has_end(data: bytes) -> bool:
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xDA:
-            return data.find(b"\xff\xd9", at) >= 0
+            return data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", at) >= 0
         if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 1:  # no length follows
             at += 1 if marker == 0xFF else 2
         else:

@@ -104,7 +104,7 @@ def _sound(block: bytes) -> bool:
         return False
     rest = block[:148] + block[156:]
     total = sum(rest) + 8 * ord(" ")
-    return want in (total, total - 256 * sum(byte > 127 for byte in rest))
+    return want == total or want == total - 256 * sum(byte > 127 for byte in rest)
 
 
 def _number(field: bytes, at: int, base: int = 8) -> int:
