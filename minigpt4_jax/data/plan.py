@@ -42,8 +42,8 @@ class Plan:
         assert len(sizes) == len(weights) > 0 and min(weights) > 0 and batch_size > 0
         if min(sizes) < 1:
             raise DataError(
-                f"data source {min(sizes)} of {len(sizes)} has no example; want at "
-                "least one in each"
+                f"data sources of {', '.join(map(str, sizes))} examples; one has no "
+                "example to train on"
             )
         divisor = math.gcd(*weights)
         object.__setattr__(self, "sizes", tuple(int(size) for size in sizes))
@@ -80,7 +80,7 @@ class Plan:
         weights = np.array(self.weights)
         length = int(weights.sum())
         blocks = np.arange(start // length, -(-stop // length))
-        places = np.arange(length)
+        places = np.arange(length, dtype=np.uint64)
         key = np.random.SeedSequence([self.seed]).generate_state(1, np.uint64)[0]
         # A hash of (seed, block, place) orders a block: a generator each would take
         # longer than all else.
@@ -111,7 +111,7 @@ def _permutation(size: int, key: tuple[int, ...]) -> np.ndarray:
 
 def _hash(values: np.ndarray) -> np.ndarray:
     """Scrambled bits of each uint64 (the finish of splitmix64, Steele et al. 2014)."""
-    values = values.astype(np.uint64)
+    assert values.dtype == np.uint64
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
