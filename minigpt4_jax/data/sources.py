@@ -86,6 +86,7 @@ class Examples(Sequence[Example]):
         keys: key of each example, read as needed.
         hashes: first 8 bytes of each image's sha256, uint64.
         image_sizes: uint16 [N 2], width and height as the headers say, mapped.
+        image_bytes: uint32 [N], how large each encoded image is, mapped.
         caption_count: captions of all examples.
         skipped: how many examples, and captions of others, were left out, by reason.
         places: some of those examples for each reason.
@@ -102,6 +103,7 @@ class Examples(Sequence[Example]):
         self.keys: Sequence[str] = _Keys(self)
         self.hashes: np.ndarray = self._index.rows["hash"]
         self.image_sizes: np.ndarray = self._index.rows["image_size"]
+        self.image_bytes: np.ndarray = self._index.rows["size"]
         self.skipped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         for path, shard in zip(self.paths, meta["shards"]):
