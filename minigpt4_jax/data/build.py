@@ -65,6 +65,7 @@ def made(listing: Listing, index_dir: Path | None = None) -> Path:
             return folder
     with _alone(places, listing) as folder:
         if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             _build(listing, folder)
             _drop_older(folder)
     return folder
