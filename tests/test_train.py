@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from minigpt4_jax import Generator, train, workdir
-from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.errors import ConfigError, DataError
 from tests import training
 
 ROOT = Path(__file__).parent.parent
@@ -177,8 +177,46 @@ def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(chain, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (chain / "stopped" / "checkpoints" / "14").is_dir()  # the step it was in
     monkeypatch.undo()
+    cfg = workdir.saved_config(chain / "stopped")  # --workdir alone
     assert run(chain, cfg, "stopped")
     assert_same_run(chain / "stopped", chain / "captions")
+
+
+def short(chain, name: str, **changes) -> list[float]:
+    """The losses of six steps of stage 1."""
+    cfg = stage_config(chain, "captions", "words")
+    cfg.optim.total_steps = cfg.save_every = cfg.eval_every = 6
+    with cfg.unlocked():
+        for group, knobs in changes.items():
+            cfg[group].update(knobs)
+    assert run(chain, cfg, name)
+    return [record["loss"] for record in metrics(chain / name)]
+
+
+def test_runs_without_kept_features_packed_or_in_parts_learn_the_same(chain):
+    """The same content in another form: only sums in another order."""
+    want = short(chain, "plain")
+    for name, changes in {
+        "uncached": dict(cache=dict(dtype="")),
+        "packed": dict(row=dict(packed=700)),
+        "parts": dict(optim=dict(accumulate=2)),
+        "processes": dict(loader=dict(workers=1)),
+    }.items():
+        np.testing.assert_allclose(short(chain, name, **changes), want, rtol=2e-5)
+        for path, value in trained(chain / name).items():
+            other = trained(chain / "plain")[path]
+            np.testing.assert_allclose(
+                value, other, atol=2e-4, err_msg=f"{name} {path}"
+            )
+
+
+def test_steps_that_stay_broken_end_the_run_and_their_batches_are_kept(chain):
+    cfg = stage_config(chain, "captions", "words")
+    cfg.optim.peak_lr, cfg.optim.end_lr, cfg.guard.skipped = 1e30, 1e30, 2
+    with pytest.raises(DataError, match="2 steps in a row .* not finite"):
+        run(chain, cfg, "broken")
+    kept = sorted((chain / "broken" / "skipped").iterdir())
+    assert len(kept) == 2 and "0/ids_RT" in np.load(kept[0])
 
 
 def test_a_run_on_eight_devices_breaks_off_and_is_resumed(folder, monkeypatch):
