@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 import minigpt4_jax
 from minigpt4_jax import kept, locate, run_config, sharding, storage
 from minigpt4_jax.errors import CheckpointError, ConfigError
+from minigpt4_jax.lines import Lines
 
 try:
     import fcntl
@@ -84,6 +85,8 @@ class WorkDir:
         self.path = Path(path).absolute()
         self._cfg = cfg
         self._writes = jax.process_index() == 0
+        self._metrics = Lines(self.path / "metrics.jsonl")
+        self._samples = Lines(self.path / "samples.jsonl")
         self.path.mkdir(parents=True, exist_ok=True)
         if self._writes:
             self._lock = _lock(self.path / ".lock")
@@ -124,8 +127,8 @@ class WorkDir:
             CheckpointError: naming what is damaged, and the checkpoint before.
         """
         if self._writes:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self._drop_lines_after(name, self.step)
+            self._metrics.drop_after(self.step)
+            self._samples.drop_after(self.step)
         if not self.step:
             return state
         folder = self._folder(self.step)
@@ -178,7 +181,7 @@ class WorkDir:
         """One line in metrics.jsonl and in the log."""
         if not self._writes:
             return
-        self._append("metrics.jsonl", {"step": step, **record})
+        self._metrics.append({"step": step, **record})
         values = " ".join(f"{name} {value:.5g}" for name, value in record.items())
         logger.info("step %d %s", step, values)
 
@@ -187,7 +190,7 @@ class WorkDir:
         if not self._writes:
             return
         for sample in samples:
-            self._append("samples.jsonl", {"step": step, **sample})
+            self._samples.append({"step": step, **sample})
             logger.info("step %d photo %s: %s", step, sample["photo"], sample["says"])
 
     def close(self) -> None:
@@ -195,6 +198,8 @@ class WorkDir:
         try:
             self.wait()
         finally:
+            self._metrics.flush()
+            self._samples.flush()
             self._thread.shutdown()
             self._orbax.close()
             if self._writes and self._lock is not None:
@@ -265,23 +270,6 @@ class WorkDir:
     def _folder(self, step: int) -> Path:
         return self.path / locate.CHECKPOINTS / str(step)
 
-    def _append(self, name: str, record: dict) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def _drop_lines_after(self, name: str, step: int) -> None:
-        path = self.path / name
-        if not path.exists():
-            return
-        text = path.read_text(encoding="utf-8")
-        # By "\n" alone: a caption may hold other ends of lines, such as U+2028.
-        whole = [line + "\n" for line in text.split("\n")[:-1]]
-        keep = "".join(line for line in whole if _step_of(line) <= step)
-        if keep != text:
-            part = path.with_name(f".{name}.part")
-            part.write_text(keep, encoding="utf-8")
-            storage.replace(part, path)
-
     def _refuse_another(self, new: dict) -> None:
         old = locate.read_json(self.path / "config.json")
         found = run_config.differences(old.get("config", {}), new["config"])
@@ -331,14 +319,6 @@ def _with_tuples(value: Any) -> Any:
 def _changed(old: dict, new: dict) -> list[str]:
     names = sorted(old.keys() | new.keys())
     return [name for name in names if old.get(name) != new.get(name)]
-
-
-def _step_of(line: str) -> float:
-    """The step of a logged line; beyond all for one that a kill or a full disk broke."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _any(here: bool) -> bool:
