@@ -2,10 +2,9 @@
 
 import time
 
-import numpy as np
-
 from minigpt4_jax import sharding
 from minigpt4_jax.data.loader import Loader
+from minigpt4_jax.flops import Costs, Work
 
 
 class Stream:
@@ -16,19 +15,20 @@ class Stream:
         bad: examples so far whose image was unreadable, in this process.
     """
 
-    def __init__(self, loader: Loader, mesh, accumulate: int):
+    def __init__(
+        self, loader: Loader, mesh, accumulate: int, costs: Costs | None = None
+    ):
+        """Args: costs of what a step does; None: its work is not counted."""
         self._loader, self._batches = loader, iter(loader)
-        self._mesh, self._accumulate = mesh, accumulate
+        self._mesh, self._accumulate, self._costs = mesh, accumulate, costs
         self._hosts = sharding.host_part(mesh)[1]
         self._next: tuple | None = None
         self.position = loader.get_state()
         self.bad = 0
 
     def prepare(self) -> None:
-        """Fetch and place the batches of the next step, if they are not there yet.
-
-        Raises StopIteration never: after the last step there is nothing to prepare.
-        """
+        """Fetch and place the batches of the next step, unless that is done already or
+        the last step was."""
         if self._next is not None:
             return
         began = time.monotonic()
@@ -49,14 +49,17 @@ class Stream:
         placed, batches, waited, self.position = self._next
         self._next = None
         self.bad += sum(int((b["ok_B"] == 0).sum()) for b in batches)
-        count = {"examples": 0, "answer_tokens": 0, "tokens": 0}
+        names = ("examples", "answer_tokens", "tokens", "flops")
+        counts = dict.fromkeys(names, 0)
         for batch in batches:
-            count["examples"] += len(batch["ok_B"])
-            if "segments_RT" in batch:
-                count["tokens"] += int(np.count_nonzero(batch["segments_RT"]))
-                count["answer_tokens"] += int(batch["loss_mask_RA"].sum())
+            counts["examples"] += len(batch["ok_B"])
+            if self._costs is not None:
+                work = Work.of(batch)
+                counts["answer_tokens"] += work.answers
+                counts["tokens"] += work.tokens
+                counts["flops"] += self._costs(work)
         # Other hosts' parts are as large, but for a few tokens.
-        return placed, {k: v * self._hosts for k, v in count.items()} | {
+        return placed, {k: n * self._hosts for k, n in counts.items()} | {
             "waited": waited
         }
 

@@ -15,7 +15,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from minigpt4_jax import checkpoint, errors, initial, optim, run_config, sharding
+from minigpt4_jax import checkpoint, errors, flops, initial, optim, run_config, sharding
 from minigpt4_jax.data.sources import open_data
 from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.generator import default_dtypes
@@ -108,9 +108,11 @@ def train(cfg, workdir: Path, devices=None) -> bool:
 
     # Loop.
     step_fn = make_step(trainables, task.loss_fn, optimizer, rate, accumulate)
-    stream = Stream(task.loader(start), mesh, accumulate)
+    work = task.prompt is not None  # the warm start leaves the decoder out
+    costs = flops.costs(model.cfg, trainables.params, task.part) if work else None
+    stream = Stream(task.loader(start), mesh, accumulate, costs)
     looks = Looks(trainables, task, tokenizer, mesh)
-    meter = Meter(devices=jax.local_devices())
+    meter = Meter(peak_flops=flops.peak(mesh.devices.flat), devices=jax.local_devices())
     main_process = jax.process_index() == 0
     board = Board(run.path, step=start, config=cfg.to_dict(), active=main_process)
     guard = Guard(run.path / "skipped", cfg.guard.skipped)

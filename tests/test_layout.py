@@ -119,6 +119,7 @@ ROOMS = (
         rf"{ERRORS}|minigpt4_jax|minigpt4_jax\.(locate|storage)",
     ),
     (r"minigpt4_jax/initial", {"jax"}, rf"{ERRORS}|minigpt4_jax\.checkpoint"),
+    (r"minigpt4_jax/flops", {"numpy"}, rf"{MODELS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/guard", {"jax", "numpy"}, ERRORS),
     (r"minigpt4_jax/(diagnosis|curves)", set(), r""),
     (
@@ -128,8 +129,8 @@ ROOMS = (
     ),
     (
         r"minigpt4_jax/stream",
-        {"numpy"},
-        rf"{DATA}|minigpt4_jax|minigpt4_jax\.sharding",
+        set(),
+        rf"{DATA}|minigpt4_jax\.(flops|sharding)",
     ),
     (
         r"minigpt4_jax/task",

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minigpt4_jax.flops import Costs
 from minigpt4_jax.stream import Stream
 from tests.training import one_device
 
@@ -21,6 +22,7 @@ class Fake:
         self.step += 1
         return {
             "ids_RT": np.full((2, 3), self.step),
+            "positions_RT": np.array([[0, 1, 0], [0, 1, 2]]),
             "segments_RT": np.array([[256, 257, 0], [256, 256, 257]]),
             "loss_mask_RA": np.array([[1.0, 0.0], [1.0, 1.0]]),
             "ok_B": np.array([1.0, self.step != 2]),
@@ -34,10 +36,12 @@ class Fake:
 
 
 def test_a_step_has_so_many_batches_and_their_counts():
-    stream = Stream(Fake(4), one_device(), accumulate=2)
+    costs = Costs(image=1000, token=100, pair=10, answer=1)
+    stream = Stream(Fake(4), one_device(), accumulate=2, costs=costs)
     batches, counts = stream.step()
     assert [int(batch["ids_RT"][0, 0]) for batch in batches] == [1, 2]
     assert counts.pop("waited") >= 0
+    assert counts.pop("flops") == 4 * 1000 + 10 * 100 + 2 * (3 + 6) * 10 + 6
     assert counts == {"examples": 4, "answer_tokens": 6, "tokens": 10}
     assert stream.bad == 1
 
