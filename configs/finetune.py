@@ -39,12 +39,12 @@ def get_config() -> ConfigDict:
         folder="",  # empty: in the work directory
     )
     cfg.optim = dict(
-        schedule="cosine",  # from the end of the warmup
+        schedule="cosine",  # from the end of a warmup from 0
         peak_lr=3e-5,  # of the reference's stage 2
         end_lr=3e-6,
-        warmup_lr=1e-6,  # of the first step
+        warmup_lr=0.0,  # of the reference's schedules only
         warmup_steps=40,
-        epoch_steps=0,  # of the reference's schedules only
+        epoch_steps=0,  # of them too
         total_steps=400,  # 4800 examples: ten times through 480 photos
         decay_rate=1.0,  # of linear_warmup_step_lr only
         b1=0.9,

@@ -5,7 +5,6 @@ What our config cannot say, and what it need not, is listed in its header with r
 """
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from convert import config_keys, yaml_files
-from convert.config_keys import COSINE, LATER, Target
-from convert.yaml_files import number, truth, whole
+from convert.config_keys import CLEANER, LATER, STEPS, Target
+from convert.config_knobs import eval_knobs, set_names, train_knobs
 from minigpt4_jax import run_config
 from minigpt4_jax.data.prompts import find_template
 from minigpt4_jax.errors import ConfigError, InputError, unknown
@@ -33,7 +32,7 @@ PRESETS = {
     "minigpt4/pretrain_llama2": {"7": "minigpt4_llama2_7b"},
 }
 SIZE = r"(?i)(?:^|[^0-9a-z]|vicuna|llama)(\d+)b(?![0-9a-z])"
-SCHEDULES = (COSINE, "linear_warmup_step_lr")
+SCHEDULES = ("linear_warmup_cosine_lr", STEPS)
 
 # What the reference takes where a file says nothing.
 DEFAULTS = {
@@ -46,6 +45,8 @@ DEFAULTS = {
     "run.warmup_steps": 0,
     "run.warmup_lr": -1,
     "run.beta2": 0.999,
+    "run.accum_grad_iters": 1,
+    "run.amp": False,
     "run.world_size": 1,
     "run.log_freq": 50,
 }
@@ -59,13 +60,13 @@ REQUIRED = (
     "run.seed",
 )
 
-# Tokens around the slots of the longest prompt of stage 2, template and question, by
-# LLaMA's tokenizer; the longest of ALIGNMENT_QUESTIONS is the second.
-PROMPT_TOKENS = {"vicuna_v0": 7 + 20, "llama2": 6 + 20}
+WIDTH = 88  # of a line
+FRESH = {
+    "captions": "no model.ckpt: convert with --no-projector, so that one is drawn",
+    "descriptions": "no model.ckpt: here stage 2 wants a projector from --config.init",
+}
 
-FRESH = "no model.ckpt: convert with --no-projector, so that one is drawn"
-
-TRAIN_HELP = "python -m minigpt4_jax.train --config THIS --data DIR --workdir DIR"
+TRAIN_HELP = "python -m minigpt4_jax.train --config THIS --workdir DIR"
 EVAL_HELP = (
     "python -m minigpt4_jax.generate --checkpoint {} --images FOLDER \\\n"
     "    --out answers.jsonl --config THIS"
@@ -107,17 +108,17 @@ def convert(path: Path, options: list[str]) -> str:
     chosen = choose_preset(given)
     config_keys.check_known(rows, list(given))
     values = {**DEFAULTS, **given} if trains else given
-    t = target(values, chosen) if trains else _eval_target(values, chosen)
+    t = target(values, chosen) if trains else _eval_target(chosen)
     listed = config_keys.notes(rows, given, values, t)
     if trains and not given.get("model.ckpt"):
-        listed.insert(0, FRESH)
+        listed.insert(0, FRESH[t.loss])
     if count := sum(line.startswith(LATER) for line in listed):
-        logger.warning("%d values are %s; the header lists them", count, LATER)
+        logger.warning("%d of the values: %s; the header lists them", count, LATER)
     if trains:
         knobs, comments = train_knobs(values, t)
         run_config.check(ConfigDict(knobs))
-        stage = {"captions": "Stage 1", "dialogues": "Stage 2"}[t.loss]
-        title = f"{stage} of {chosen.name}", TRAIN_HELP
+        stage = {"captions": "Stage 1", "descriptions": "Stage 2"}[t.loss]
+        title = f"{stage} of {chosen.name}", train_command(knobs)
     else:
         knobs, comments = eval_knobs(values)
         title = f"Answers of {chosen.name}", EVAL_HELP.format(chosen.name)
@@ -152,149 +153,38 @@ def target(values: Mapping[str, Any], chosen: MiniGPT4Config) -> Target:
         raise ConfigError(f"{', '.join(absent)} absent; the reference needs them too")
     if (schedule := values["run.lr_sched"]) not in SCHEDULES:
         raise ConfigError(unknown("run.lr_sched", schedule, SCHEDULES))
-    number(values, "run.warmup_lr")
-    peak, end = number(values, "run.init_lr"), number(values, "run.min_lr")
-    warmup, epoch = (
-        whole(values, "run.warmup_steps"),
-        whole(values, "run.iters_per_epoch"),
-    )
-    total = max(1, whole(values, "run.max_epoch") * epoch)
     return Target(
         preset=chosen,
         template=find_template(chosen.template),
-        loss="dialogues" if values["model.prompt_path"] else "captions",
-        datasets=_datasets(values),
-        cosine=schedule == COSINE,
-        warmup=warmup,
-        epoch=epoch,
-        jump=end + (peak - end) / 2 * (1 + math.cos(math.pi * warmup / total)),
+        loss="descriptions" if values["model.prompt_path"] else "captions",
+        clean=_clean(values),
     )
 
 
-def _eval_target(values: Mapping[str, Any], chosen: MiniGPT4Config) -> Target:
-    return Target(chosen, find_template(chosen.template), "", _datasets(values))
+def _eval_target(chosen: MiniGPT4Config) -> Target:
+    return Target(chosen, find_template(chosen.template), "")
 
 
-def _datasets(values: Mapping[str, Any]) -> int:
-    return len({key.split(".")[1] for key in values if key.startswith("datasets.")})
-
-
-def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
-    """The knobs of run_config.py, and what to say beside each."""
-    epoch, answers = t.epoch, whole(values, "model.max_txt_len")
-    per_gpu, world = batch_size(values), whole(values, "run.world_size")
-    around = PROMPT_TOKENS[t.template.name] if t.loss == "dialogues" else 0
-    prompt = 1 + t.preset.num_slots + around
-    knobs = dict(
-        checkpoint=t.preset.name,
-        init="",
-        trainable=trainable(values, t),
-        loss=t.loss,
-        batch_size=per_gpu * world,
-        row=dict(tokens=prompt + answers - 1, answers=answers),
-        words=dict(least=10),
-        dialogues=dict(one_sentence=0.0),
-        optim=dict(
-            peak_lr=number(values, "run.init_lr"),
-            end_lr=number(values, "run.min_lr"),
-            warmup_steps=t.warmup,
-            total_steps=whole(values, "run.max_epoch") * epoch,
-            b1=0.9,
-            b2=number(values, "run.beta2"),
-            weight_decay=number(values, "run.weight_decay"),
-            clip_norm=0.0,
-        ),
-        mesh=dict(data=0, fsdp=1, tensor=1),
-        seed=whole(values, "run.seed"),
-        log_every=whole(values, "run.log_freq"),
-        save_every=epoch,
-        eval_every=epoch,
-    )
-    comments = {
-        "checkpoint": "a folder of `convert model`",
-        "init": "work directory of the stage before; empty: `checkpoint`",
-        "loss": "captions: stage 1 | dialogues: with model.prompt_path",
-        "batch_size": f"{per_gpu} a GPU x run.world_size {world}; torchrun overrides it",
-        "row": f"T: {prompt} + A - 1, A: max_txt_len",
-        "words": "warm start only",
-        "dialogues": "stage 2; the reference asks for detail",
-        "optim.peak_lr": "run.init_lr",
-        "optim.end_lr": "run.min_lr",
-        "optim.total_steps": f"run.max_epoch x run.iters_per_epoch {epoch}",
-        "optim.b2": "run.beta2",
-        "optim.clip_norm": "0: none, as the reference",
-        "mesh": "0: all devices that are left",
-        "log_every": "steps",
-        "save_every": "steps: the reference saves after each epoch",
-        "eval_every": "steps",
+def _clean(values: Mapping[str, Any]) -> str:
+    """text.clean: "blip" where the captions of all data sets are cleaned."""
+    names = {
+        name != "cc_sbu_align"  # its text_processor is never called
+        and values.get(f"datasets.{name}.text_processor.train.name")
+        for name in set_names(values)
     }
-    return knobs, comments
+    return "blip" if names == {CLEANER} else ""
 
 
-def batch_size(values: Mapping[str, Any]) -> int:
-    """Examples of a GPU: each iteration of the reference draws one data set."""
-    keys = [k for k in values if re.fullmatch(r"datasets\.[^.]+\.batch_size", k)]
-    keys += ["run.batch_size_train"] if "run.batch_size_train" in values else []
-    sizes = {key: whole(values, key) for key in keys}
-    if len(set(sizes.values())) != 1:
-        listed = ", ".join(f"{key}={size}" for key, size in sizes.items())
-        raise ConfigError(
-            f"batch sizes: got {listed or 'none'}; want one, for instance by --options "
-            f"{keys[0] if keys else 'run.batch_size_train'}=64"
-        )
-    return next(iter(sizes.values()))
-
-
-def trainable(values: Mapping[str, Any], t: Target) -> tuple[str, ...]:
-    """Patterns of what the reference does not freeze."""
-    patterns = [] if truth(values, "model.freeze_vit") else ["vit/.*", "ln_vision/.*"]
-    if not truth(values, "model.freeze_qformer") and t.preset.qformer is not None:
-        patterns.append("qformer/.*")
-    return (*patterns, "projector/.*")
-
-
-def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
-    """The knobs of configs/generate.py: those of the reference's demo, or, with
-    evaluation_datasets, of its greedy `generate`."""
-    sets = {key.split(".")[1] for key in values if key.startswith("evaluation_data")}
-    lengths = {
-        whole({key: 20, **values}, key)
-        for key in (f"evaluation_datasets.{name}.max_new_tokens" for name in sets)
-    }
-    batches = [
-        whole(values, key)
-        for key in (f"evaluation_datasets.{name}.batch_size" for name in sets)
-        if key in values
+def train_command(knobs: Mapping[str, Any]) -> str:
+    """How to train, with what the config leaves open."""
+    open_ = [
+        f"--config.data.{name}.path=..."
+        for name, source in knobs["data"].items()
+        if not source["path"]
     ]
-    if len(lengths) > 1:
-        raise ConfigError(
-            f"evaluation_datasets: max_new_tokens of {sorted(lengths)}; a config here "
-            "has one; remove sets, or make them equal with --options"
-        )
-    knobs = dict(
-        temperature=0.0 if sets else 1.0,
-        top_k=0 if sets else 50,
-        top_p=1.0 if sets else 0.9,
-        repetition_penalty=1.0 if sets else 1.05,
-        max_tokens=lengths.pop() if sets else 300,
-        stop=(),
-        seed=0,
-        batch_size=min(batches, default=16),
-        chunk=8,
-        dtype="",
-    )
-    comments = {
-        "temperature": "0: greedy"
-        if sets
-        else "of the reference's demo, as what follows",
-        "top_k": "0: all tokens" if sets else "the demo inherits it from Hugging Face",
-        "max_tokens": "of an answer",
-        "stop": "strings that end an answer, besides the template's own",
-        "batch_size": "answers decoded together; they do not depend on it",
-        "chunk": "tokens between two looks of the host",
-        "dtype": "float32 | bfloat16; empty: float32 on CPU, else bfloat16",
-    }
-    return knobs, comments
+    if knobs["loss"] == "descriptions" and not knobs["init"]:
+        open_.append("--config.init=...")
+    return " \\\n    ".join([TRAIN_HELP, *open_])
 
 
 def render(
@@ -311,16 +201,24 @@ def render(
         "    cfg = ConfigDict()",
     ]
     for name, value in knobs.items():
-        if isinstance(value, dict) and len(value) > 3:
-            lines.append(f"    cfg.{name} = dict(")
-            for key, inner in value.items():
-                comment = comments.get(f"{name}.{key}")
-                lines.append(f"        {key}={_code(inner)},{_comment(comment)}")
-            lines.append("    )")
-        else:
-            comment = _comment(comments.get(name))
-            lines.append(f"    cfg.{name} = {_code(value)}{comment}")
+        lines += _lines(f"    cfg.{name} = ", value, "", name, comments)
     return "\n".join([*lines, "    return cfg", ""])
+
+
+def _lines(start: str, value: Any, end: str, name: str, comments: Mapping) -> list[str]:
+    """Source of a knob, a line for each inner one where ruff would have it so."""
+    comment = _comment(comments.get(name))
+    line = f"{start}{_code(value)}{end}{comment}"
+    long = len(line) > WIDTH or any(key.startswith(f"{name}.") for key in comments)
+    if not isinstance(value, dict) or not value or not long:
+        return [line]
+    indent = " " * (len(start) - len(start.lstrip()))
+    inner = (
+        line
+        for key, v in value.items()
+        for line in _lines(f"{indent}    {key}=", v, ",", f"{name}.{key}", comments)
+    )
+    return [f"{start}dict({comment}", *inner, f"{indent}){end}"]
 
 
 def _comment(text: str | None) -> str:

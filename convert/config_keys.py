@@ -7,13 +7,15 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from minigpt4_jax.data.prompts import CAPTION_END, Template
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 
-COSINE = "linear_warmup_cosine_lr"
+STEPS = "linear_warmup_step_lr"
+CLEANER = "blip_caption"
 PROCESSORS = ("blip2_image_train", "blip2_image_eval")  # one thing at the HEAD
 
 
@@ -22,24 +24,18 @@ class Target:
     """What a config is turned into, as far as the fate of other keys depends on it.
 
     Args:
-        loss: "captions", "dialogues", or "" for a config of the demo.
-        datasets: how many the file names.
-        warmup, epoch: steps.
-        jump: learning rate of the reference right after its warmup.
+        loss: "captions", "descriptions", or "" for a config of the demo.
+        clean: whether captions are cleaned: "blip", or "".
     """
 
     preset: MiniGPT4Config
     template: Template
     loss: str
-    datasets: int
-    cosine: bool = True
-    warmup: int = 0
-    epoch: int = 0
-    jump: float = 0.0
+    clean: str = ""
 
     @property
     def end(self) -> str:
-        return self.template.end if self.loss == "dialogues" else CAPTION_END
+        return self.template.end if self.loss == "descriptions" else CAPTION_END
 
 
 Same = Callable[[Target, Any], bool]
@@ -105,15 +101,11 @@ MODEL = (
         lambda t, v: v == (t.preset.qformer is not None),
     ),
     later("model.drop_path_rate", "the ViT is frozen and drops nothing", equals(0)),
-    dropped("model.use_grad_checkpoint", "memory of the ViT, which is frozen"),
+    dropped("model.use_grad_checkpoint", "memory of the ViT; of all, cfg.remat"),
     dropped("model.vit_precision", "`convert model --dtype` decides how it is stored"),
     later("model.low_resource", "no 8-bit weights", equals(False)),
     dropped("model.device_8bit", "read with low_resource alone"),
     dropped("model.prompt", "the reference reads it nowhere"),
-    dropped(
-        "model.ckpt",
-        "`convert model --projector` puts it into `checkpoint`; of a run of ours, --config.init",
-    ),
 )
 
 IMAGES = (
@@ -130,18 +122,19 @@ IMAGES = (
 )
 
 TRAIN_MODEL = (
-    mapped("model.max_txt_len", "row"),
     later(
-        "model.freeze_vit",
-        "training reads features that the ViT made once; it will refuse the pattern",
-        equals(True),
-        knob="trainable",
+        "model.ckpt",
+        "cfg.init takes a .pth, a work directory or a folder of `convert model`",
+        lambda t, v: not v or bool(torch_file(v)),
+        knob="init",
     ),
+    mapped("model.max_txt_len", "text.limit"),
+    mapped("model.freeze_vit", "trainable"),
     mapped("model.freeze_qformer", "trainable"),
     later(
         "model.prompt_path",
-        "questions come from data/demo_texts.py, the reference's four among them",
-        equals(None, ""),
+        "questions are the four of the reference's prompts/alignment.txt",
+        lambda t, v: not v or PurePosixPath(str(v)).name == "alignment.txt",
         knob="loss",
     ),
     later(
@@ -158,65 +151,74 @@ TRAIN_MODEL = (
 
 TRAIN_DATA = (
     mapped("datasets.*.batch_size", "batch_size"),
+    mapped("datasets.*.sample_ratio", "data"),
+    later("datasets.*", "want keys below it", equals(None), knob="data"),
+    dropped("datasets.*.type", "chooses a file of defaults; cfg.data has all"),
+    later("datasets.*.data_type", "images with texts are read", equals("images")),
     later(
-        "datasets.*.sample_ratio",
-        "--data is one data set; mix with numbers of shards",
-        lambda t, v: t.datasets == 1,
+        "datasets.*.build_info.storage",
+        "want a folder, a .tar, or FOLDER/{{00000..00009}}.tar",
+        lambda t, v: bool(data_path(v)),
+        knob="data",
     ),
-    later("datasets.*", "--data is the data set"),
-    dropped("datasets.*.type", "chooses a file of defaults for a data set; see --data"),
-    later("datasets.*.data_type", "--data has images", equals("images")),
-    later("datasets.*.build_info.**", "--data is the folder of shards"),
+    later("datasets.*.build_info.**", "the path of a data set says all"),
     dropped(
         "datasets.cc_sbu_align.text_processor.**",
         "the reference does not apply it to this data set",
     ),
-    later("datasets.*.text_processor.**", "captions are read as they are, not cleaned"),
+    later(
+        "datasets.*.text_processor.train.name",
+        "captions of all data sets are cleaned by blip_caption, or none",
+        lambda t, v: v == CLEANER and t.clean == "blip",
+        knob="text.clean",
+    ),
+    later("datasets.*.text_processor.train.max_words", "50 words", equals(50)),
+    later("datasets.*.text_processor.train.prompt", "nothing is added", equals("")),
+    dropped("datasets.*.text_processor.eval.**", "of evaluation"),
 )
 
 TRAIN_RUN = (
     later(
         "run.task", "training is on captions of images", equals("image_text_pretrain")
     ),
-    later(
-        "run.lr_sched",
-        "the cosine here starts after the warmup, at its peak; there it spans the run "
-        "and jumps to {t.jump:.6e} at step {t.warmup}",
-    ),
-    later(
-        "run.lr_decay_rate",
-        "no schedule but a cosine",
-        lambda t, v: t.cosine or v is None,
-    ),
+    mapped("run.lr_sched", "optim.schedule"),
+    mapped("run.lr_decay_rate", "optim.decay_rate"),
     mapped("run.init_lr", "optim.peak_lr"),
     mapped("run.min_lr", "optim.end_lr"),
-    later("run.warmup_lr", "the warmup here starts from 0", equals(0)),
-    later(
-        "run.warmup_steps",
-        "there the warmup starts again every {t.epoch} steps, here it does not",
-        lambda t, v: t.warmup <= t.epoch,
-        knob="optim.warmup_steps",
-    ),
+    mapped("run.warmup_lr", "optim.warmup_lr"),
+    mapped("run.warmup_steps", "optim.warmup_steps"),
     mapped("run.weight_decay", "optim.weight_decay"),
     mapped("run.beta2", "optim.b2"),
     mapped("run.max_epoch", "optim.total_steps"),
-    mapped("run.iters_per_epoch", "optim.total_steps"),
+    mapped("run.iters_per_epoch", "optim.epoch_steps"),
     mapped("run.batch_size_train", "batch_size"),
     mapped("run.world_size", "batch_size"),
     mapped("run.seed", "seed"),
     mapped("run.log_freq", "log_every"),
-    later("run.accum_grad_iters", "every batch is a step", equals(1)),
-    later("run.amp", "no float16 autocast, no loss scaler: float32", equals(False)),
+    mapped("run.num_workers", "loader.workers"),
+    later(
+        "run.accum_grad_iters",
+        "there gradients add up, and the rate is the last batch's; here it is their "
+        "mean, and the first's",
+        equals(1),
+        knob="optim.accumulate",
+    ),
+    later(
+        "run.amp",
+        "float16 with a loss scaler; here bfloat16, which needs none, and float32 on CPU",
+        equals(False),
+    ),
     later("run.evaluate", "this config trains", equals(False)),
-    later("run.train_splits", "train/ of --data is trained on", equals(["train"])),
-    later("run.valid_splits", "val/ of --data is looked at", equals([], None, ["val"])),
+    later("run.train_splits", "a data set is trained on as a whole", equals(["train"])),
+    later("run.valid_splits", "cfg.val names a data set of its own", equals([], None)),
     later("run.test_splits", "training has no test split", equals([], None)),
     dropped("run.batch_size_eval", "val is read in batches of batch_size"),
-    dropped("run.num_workers", "images become features once, before the first step"),
     dropped("run.output_dir", "--workdir"),
     dropped("run.resume_ckpt_path", "the same command with its --workdir resumes"),
     dropped("run.job_name", "names a page of wandb"),
-    dropped("run.wandb_log", "metrics go to metrics.jsonl in --workdir"),
+    dropped(
+        "run.wandb_log", "WANDB_PROJECT or WANDB_MODE in the environment asks for it"
+    ),
     dropped("run.device", "JAX finds the devices"),
     *(
         dropped(f"run.{name}", "cfg.mesh covers all devices")
@@ -229,6 +231,7 @@ TRAIN = (*MODEL, *TRAIN_MODEL, *IMAGES, *TRAIN_DATA, *TRAIN_RUN)
 
 EVAL = (
     *MODEL,
+    dropped("model.ckpt", "`convert model --projector` puts it into a model's folder"),
     *IMAGES,
     *(dropped(r.key, "of training") for r in (*TRAIN_MODEL, *TRAIN_DATA, *TRAIN_RUN)),
     mapped("evaluation_datasets.*.max_new_tokens", "max_tokens"),
@@ -286,6 +289,27 @@ def notes(
             found.append(f"{fate}: {key} = {text}{default}{f' ({why})' if why else ''}")
     order = (LATER, DROPPED, "same here")
     return sorted(found, key=lambda line: order.index(line.partition(":")[0]))
+
+
+# Paths: they become text of a Python file, so odd ones are left to their owner.
+PLAIN = re.compile(r"[\w./~ ,+@=:-]+", re.ASCII)
+SHARDS = re.compile(r"(.*/)?\{\d+\.\.\d+\}\.tar")  # as webdataset numbers them
+
+
+def data_path(value: Any) -> str:
+    """Where a data set of the reference lies, as data/sources.py opens it; or ""."""
+    if not isinstance(value, str):
+        return ""
+    if found := SHARDS.fullmatch(value):
+        value = (found[1] or "./").rstrip("/") or "/"
+    return value if PLAIN.fullmatch(value) else ""
+
+
+def torch_file(value: Any) -> str:
+    """A checkpoint of the reference as `config.init` takes it; or ""."""
+    ends = (".pth", ".pt", ".bin")
+    plain = isinstance(value, str) and PLAIN.fullmatch(value)
+    return str(value) if plain and value.endswith(ends) else ""
 
 
 def _regex(pattern: str) -> str:

@@ -5,7 +5,7 @@ Nothing in a file is run: tags of Python objects are refused.
 
 import math
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def leaves(key: str, value: Any) -> dict[str, Any]:
     return {key: None if value == {} else value}
 
 
-def number(values: dict[str, Any], key: str) -> float:
+def number(values: Mapping[str, Any], key: str) -> float:
     """The value as a number; a string that spells one, as a quoted `1e-4`, is cast."""
     value = values[key]
     try:
@@ -114,7 +114,7 @@ def number(values: dict[str, Any], key: str) -> float:
         raise ConfigError(f"{key}: got {value!r}, want a number") from error
 
 
-def whole(values: dict[str, Any], key: str) -> int:
+def whole(values: Mapping[str, Any], key: str) -> int:
     """The value as an integer; 4.0 is one."""
     value = number(values, key)
     if not value.is_integer():
@@ -122,7 +122,7 @@ def whole(values: dict[str, Any], key: str) -> int:
     return values[key] if isinstance(values[key], int) else int(value)
 
 
-def truth(values: dict[str, Any], key: str) -> bool:
+def truth(values: Mapping[str, Any], key: str) -> bool:
     """The value, which must be true or false: the reference takes "False" for true."""
     if not isinstance(values[key], bool):
         raise ConfigError(f"{key}: got {values[key]!r}, want true or false")
