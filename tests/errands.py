@@ -27,3 +27,7 @@ def refuse(i: int) -> int:
 
 def modules(_: int) -> set[str]:
     return set(sys.modules)
+
+
+def shout(text: str) -> str:
+    return text.upper() + "!!"

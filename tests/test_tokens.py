@@ -6,8 +6,10 @@ tokenizer.model cannot be shipped: the ids of the spec come from a model made of
 the pieces they name, rules from a model trained here on captions.
 """
 
+import hashlib
 import io
 import json
+import pickle
 from importlib import util
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from minigpt4_jax.data.tokens import (
 )
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.request import Message, user
+from tests import tiny
 
 FILES = Path(__file__).parent / "files"
 CAPTIONS = (FILES / "coco_captions.txt").read_text(encoding="utf-8").splitlines()
@@ -528,6 +531,19 @@ def test_smollm2_reads_special_tokens_of_a_user_as_text(smollm2):
         for t in ("Hi", text)
     )
     assert [i for i in tricky if i < 17] == [i for i in plain if i < 17]
+
+
+def test_a_pickled_tokenizer_is_the_same_and_called_after_its_file(small, small_model):
+    """The library's own pickles forget that special tokens are plain text."""
+    files = (tiny.tokenizer_json().encode(), small_model)
+    for tokenizer, file in zip((tiny.tokenizer(), small), files):
+        assert tokenizer.digest == hashlib.sha256(file).hexdigest()
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert vars(copy).keys() == vars(tokenizer).keys()
+        assert copy.digest == tokenizer.digest
+        text = "A <|im_end|> dog</s> runs."
+        assert copy.encode(text) == tokenizer.encode(text)
+        assert copy.decode(copy.encode(text)) == tokenizer.decode(copy.encode(text))
 
 
 @needs_smollm2

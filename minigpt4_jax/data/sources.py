@@ -195,10 +195,11 @@ class Examples(Sequence[Example]):
         size, shard = int(row["size"]), self.paths[row["shard"]]
         path = self._state[1] / name if name else shard
         try:
-            if name:
-                image = path.read_bytes()
-            else:
-                image = os.pread(self._open(path).fileno(), size, int(row["offset"]))
+            # Named, for the file closes with its last reference: another thread may
+            # drop it from the cache meanwhile.
+            file = _open(path) if name else self._open(path)
+            more = 1 if name else 0  # a file that grew is another
+            image = os.pread(file.fileno(), size + more, int(row["offset"]))
         except OSError as error:
             raise DataError(
                 f"{self.where(i)}: not readable any more ({error.strerror})"
