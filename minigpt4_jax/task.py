@@ -213,6 +213,7 @@ def sample(model: MiniGPT4, tokenizer: Tokenizer, task: Task) -> list[str]:
 
     The model's decoder may be rearranged in place (engine.py): pass one of your own.
     """
+    model.set_remat(False)  # nothing is differentiated
     generator = Generator(model, tokenizer, batch_size=len(task.photos))
     ids, slots = lay_out(task.prompt, tokenizer, model.cfg.num_slots)
     asked = [

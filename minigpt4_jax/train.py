@@ -83,6 +83,7 @@ def train(cfg, workdir: Path, devices=None) -> bool:
     model = checkpoint.load_model(
         directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
     )
+    model.set_remat(cfg.remat == "block")
     trainables = Trainables(model, cfg.trainable)
     trainables.log()
     if cfg.init and not run.step:
