@@ -31,3 +31,7 @@ def modules(_: int) -> set[str]:
 
 def shout(text: str) -> str:
     return text.upper() + "!!"
+
+
+def mumble(text: str) -> str:
+    return text.lower()
