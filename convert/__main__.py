@@ -4,6 +4,7 @@ model       a MiniGPT-4 from published files
 vicuna      base LLaMA + delta as a Hugging Face folder
 demo        the demo model, from two installed packages and the shipped connector
 export      the reference's own files, from a converted directory or a training run
+trainables  what a checkpoint of the reference trained, for a run here to begin with
 config      a train or eval config of the reference, as one of ours
 doctor      what files are, what fits with what, whether a directory behaves
 connector   the files that ship, from a work directory
@@ -16,7 +17,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 
-COMMANDS = ("config", "connector", "demo", "doctor", "export", "model", "vicuna")
+COMMANDS = tuple("config connector demo doctor export model trainables vicuna".split())
 
 
 def main() -> None:

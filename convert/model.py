@@ -94,7 +94,7 @@ class Conversion:
         for path, shape in checkpoint.parameter_shapes(self.config).items():
             if path in self.fills:
                 part, fill = self.fills[path]
-                made[path] = _stream(fill, self.files[part], self.dtype)
+                made[path] = stream(fill, self.files[part], self.dtype)
             elif path.startswith("ln_vision/"):
                 value = np.full(shape, path.endswith("/scale"), np.float32)
                 made[path] = Streamed(shape, value.dtype, lambda value=value: [value])
@@ -233,7 +233,7 @@ def prepare(
     return Conversion(config, fills, files, dtype, tuple(folders))
 
 
-def _stream(fill: Fill, source: Source, dtype: str) -> Streamed:
+def stream(fill: Fill, source: Source, dtype: str) -> Streamed:
     """A parameter as it is stored: cast, checked, one layer at a time."""
     kinds = [np.dtype(source[name].dtype) for name in fill.sources]
     for name, kind in zip(fill.sources, kinds):

@@ -176,6 +176,17 @@ def dropped(rules: Iterable[Rule | Drop], names: Iterable[str]) -> dict[str, str
     return reasons
 
 
+def filled(rules: Iterable[Rule | Drop], names: Iterable[str]) -> set[str]:
+    """Paths of the parameters that at least one name of a source goes into."""
+    rules = tuple(rules)
+    paths = set()
+    for name in names:
+        hits = [rule for rule in rules if _match(rule, name)]
+        if hits and not isinstance(hits[0], Drop):
+            paths |= {rule.path for rule in hits if isinstance(rule, Rule)}
+    return paths
+
+
 def _match(rule: Rule | Drop, name: str) -> re.Match[str] | None:
     return re.fullmatch(rule.pattern, name)
 
