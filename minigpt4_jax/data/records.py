@@ -6,7 +6,7 @@ of its record. Needs array_record and tensorflow-datasets, not TensorFlow.
 
 import hashlib
 import json
-import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +23,6 @@ except ImportError as error:
         f"ArrayRecord files need {error.name}: pip install 'minigpt4-jax[data]'"
     ) from error
 
-AT_ONCE = 100  # records read in one go
 NEEDED = {"key", "image", "captions"}
 # No read-ahead: records are read one by one, at any place.
 OPTIONS = "readahead_buffer_size:0"
@@ -60,21 +59,20 @@ def open_records(
     As `open_data`, which calls this; all splits, in order of the files' names.
     """
     path = Path(path)
-    files = sorted(path.glob("*.array_record*"))
-    if absent := _absent(files):
-        raise DataError(f"{path}: {absent} is not there; copy the folder again")
     if NEEDED - set(_features(path)):
         raise DataError(
             f"{path}: got the features {sorted(_features(path))}; want one with "
             f"{sorted(NEEDED)}, as `python -m minigpt4_jax.data build` writes"
         )
-    sizes = [file.stat().st_size for file in files]
+    files = _files(path)
+    sizes = [(path / name).stat().st_size for name in files]
     listing = build.Listing(
         root=path,
-        shards=tuple(file.name for file in files),
-        signature=_signature(files),
-        parts=lambda: iter(
-            [(i, file, size) for i, (file, size) in enumerate(zip(files, sizes))]
+        shards=tuple(files),
+        signature=_signature(path, files),
+        parts=lambda: (
+            (i, path / name, size, count)
+            for i, (size, (name, count)) in enumerate(zip(sizes, files.items()))
         ),
         scan=scan_records,
         total=sum(sizes),
@@ -85,46 +83,41 @@ def open_records(
     return examples
 
 
-def scan_records(part: tuple[int, Path, int]) -> index.Found:
-    """The examples of one file; `part`: its number, path and size."""
-    shard, path, size = part
+def scan_records(part: tuple[int, Path, int, int]) -> index.Found:
+    """The examples of one file; `part`: its number, path, size and count of records."""
+    shard, path, size, count = part
     found = index.Found(shard, work=size)
     features = _features(path.parent)
     try:
         reader = _reader(path)
-        count = reader.num_records()
-    except Exception:
-        found.lose("array_record cut short or damaged", str(path.name))
+        whole = reader.num_records() == count  # of a cut file it finds fewer, or none
+    except Exception:  # see RecordExamples._image
+        whole = False
+    if not whole:
+        found.lose("record of a file cut short or damaged", path.name, count)
         return found
-    for start in range(0, count, AT_ONCE):
-        numbers = range(start, min(start + AT_ONCE, count))
+    for number in range(count):
         try:
-            records = reader.read(list(numbers))
+            fields = _fields(features, reader.read([number])[0])
+            _add(found, number, fields)
+        except Fault as fault:
+            found.lose(str(fault), fields["key"].decode())
         except Exception:
-            found.lose("record damaged", f"record {start}", len(numbers))
-            continue
-        for number, record in zip(numbers, records):
-            _add(found, number, _fields(features, record))
+            found.lose("damaged record", f"record {number}")
     return found
 
 
 def _add(found: index.Found, number: int, fields: dict) -> None:
-    key, image = fields["key"].decode(), fields["image"]
-    texts = {
-        name: fields[name].decode() for name in ("license", "source") if name in fields
-    }
+    """Add an example; raises Fault if it cannot be used."""
+    texts = {n: fields[n].decode() for n in ("license", "source") if n in fields}
     captions = [text.decode() for text in fields["captions"]]
-    try:
-        label = label_of({"captions": captions, **texts})
-        if not label.captions:
-            raise Fault("no caption")
-        image_size = header(image)
-    except Fault as fault:
-        found.lose(str(fault), key)
-        return
+    label = label_of({"captions": captions, **texts})
+    if not label.captions:
+        raise Fault("no caption")
+    key, image = fields["key"].decode(), fields["image"]
+    image_size, sha256 = header(image), hashlib.sha256(image).digest()
     for reason, count in label.notes.items():
         found.note(reason, key, count)
-    sha256 = hashlib.sha256(image).digest()
     text = [label.license, label.source, "", *label.captions]
     found.add(key, text, number, len(image), image_size, sha256)
 
@@ -148,18 +141,28 @@ def _reader(path: Path) -> ArrayRecordReader:
     return ArrayRecordReader(str(path), options=OPTIONS, file_reader_buffer_size=2**15)
 
 
-def _absent(files: list[Path]) -> str:
-    """A name of "NAME-00001-of-00003" that is missing between the others."""
-    names = {file.name for file in files}
-    for name in sorted(names):
-        if match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", name):
-            for i in range(int(match[2])):
-                if (other := f"{match[1]}-{i:05d}-of-{match[2]}") not in names:
-                    return other
-    return ""
+def _files(folder: Path) -> dict[str, int]:
+    """Names of the files and how many records each has, as dataset_info.json says."""
+    files = {}
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text())
+        for split in info["splits"]:
+            counts = [int(count) for count in split["shardLengths"]]
+            stem = f"{info['name']}-{split['name']}.array_record"
+            for i, count in enumerate(counts):
+                files[f"{stem}-{i:05d}-of-{len(counts):05d}"] = count
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: no readable dataset_info.json ({error!r}); copy the folder again"
+        ) from error
+    for name in files:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder}: {name} is not there; copy the folder again")
+    return files
 
 
-def _signature(files: list[Path]) -> str:
+def _signature(folder: Path, names: Iterable[str]) -> str:
     """Hash of names, sizes and times."""
-    facts = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    found = [(name, (folder / name).stat()) for name in names]
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     return hashlib.sha256(json.dumps([index.FORMAT, facts]).encode()).hexdigest()
