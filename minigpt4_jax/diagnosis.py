@@ -6,13 +6,14 @@ from statistics import median
 
 NEAR = 0.05  # of ln(vocabulary): no trained decoder comes so close on text it can read
 SHARE = 0.01  # of the validation loss: exchanged images that add less are not looked at
+AFTER = 200  # steps that any run may take to begin
 LOSSES = 5  # that are taken together, so that one odd batch says nothing
 
 
 class Diagnosis:
     """`diagnose` over a run: losses smoothed, each sentence said once."""
 
-    def __init__(self, vocabulary_size: int | None, *, after: int = 200):
+    def __init__(self, vocabulary_size: int | None, *, after: int = AFTER):
         """Nothing is said before step `after`.
 
         Args:
