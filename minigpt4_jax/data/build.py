@@ -178,6 +178,7 @@ def _build(listing: Listing, folder: Path) -> None:
             bar.update(found.work)
     _finish(listing, part, journal, totals)
     os.replace(part, folder)
+    logger.info("scanned %s into %s", listing.root, folder)
 
 
 def _finish(listing: Listing, part: Path, journal: list[dict], totals: dict) -> None:

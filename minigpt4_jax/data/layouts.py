@@ -239,18 +239,20 @@ def _walk(folder: Path) -> Iterator[str]:
     """Relative names of all files, sorted, no hidden ones; links to folders are left."""
     for inside, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(inside).relative_to(folder)
+        start = os.path.relpath(inside, folder)
+        start = "" if start == "." else f"{Path(start).as_posix()}/"
         for name in sorted(files):
             if not name.startswith("."):
-                yield (relative / name).as_posix()
+                yield start + name
 
 
 def _signature(kind: str, base: Path, names: Iterable[str]) -> str:
     """Hash of names, sizes and times; an absent file has neither."""
     digest = hashlib.sha256(f"{FORMAT} {kind}".encode())
+    folder = os.fspath(base)  # a Path each would cost more than the system's answer
     for name in names:
         try:
-            status = os.stat(base / name)
+            status = os.stat(os.path.join(folder, name))
             facts = [name, status.st_size, status.st_mtime_ns]
         except (OSError, ValueError):
             facts = [name]

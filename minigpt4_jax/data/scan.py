@@ -10,11 +10,12 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -78,7 +79,7 @@ def scan_tar(part: tuple[int, Path, int]) -> Found:
     try:
         with open(path, "rb", buffering=2**20) as file:
             length = os.fstat(file.fileno()).st_size
-            _refuse_compressed(path, file.peek(8))
+            _refuse_compressed(path, file.read(8))
             try:
                 for member in tars.members(file, length):
                     key, suffix = split(member.name)
@@ -166,7 +167,9 @@ def label_of(fields: object) -> Label:
     """
     if not isinstance(fields, dict):
         raise Fault("json not readable")
-    given = (fields.get(name) for name in ("captions", "caption", "text"))
+    given: Iterator[Any] = (
+        fields.get(name) for name in ("captions", "caption", "text")
+    )
     written = next((value for value in given if value not in (None, [])), [])
     if isinstance(written, str):
         written = [written]

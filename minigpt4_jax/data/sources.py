@@ -63,7 +63,9 @@ def open_data(
         DataError: nothing there, no usable example, or a shard over the budget.
     """
     path = Path(path).expanduser()
-    if path.is_dir() and any(path.glob("*.array_record*")):
+    if path.is_dir() and any(
+        ".array_record" in entry.name for entry in os.scandir(path)
+    ):
         from minigpt4_jax.data import records  # it needs array_record, most do not
 
         return records.open_records(path, budget=budget, index_dir=index_dir)

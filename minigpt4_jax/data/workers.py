@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -86,6 +86,7 @@ def work() -> None:
             function, item = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = (function(item), None)
         except Exception as error:
