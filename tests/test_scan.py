@@ -6,6 +6,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minigpt4_jax.data import scan
@@ -213,6 +214,24 @@ def test_what_is_no_tar_at_all_is_one_loss_and_a_compressed_one_an_error(tmp_pat
     path.mkdir()
     found = scan.scan_tar((0, path, 0))
     assert found.lost == {"tar not readable (Is a directory)": 1}
+
+
+def test_no_damage_anywhere_raises(tmp_path):
+    forms = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm")
+    members = [m for i in range(3) for m in photo(f"{i}", "A photo.")]
+    for form in forms:
+        members += [(f"{form}.{form[:4]}", jpeg(0, form=form)), (f"{form}.txt", b"A.")]
+    path = write_tar(tmp_path / "a.tar", members)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 40):
+            data[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        found = scan_tar(path)
+        assert len(found.rows) + sum(found.lost.values()) >= 1
+        kept(found)
 
 
 # Loose files

@@ -10,7 +10,6 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
@@ -65,7 +64,7 @@ def scan_tar(part: tuple[int, Path, int]) -> Found:
 
     One example is KEY.jpg (or another image suffix) with KEY.json or KEY.txt. The rest of
     a damaged tar is lost: counted as the example at the damage and those whose headers
-    are still there behind it.
+    are still there behind it. Captions of one shard are in memory while it is scanned.
 
     Args:
         part: number of the shard, its path, its size.
@@ -167,10 +166,8 @@ def label_of(fields: object) -> Label:
     """
     if not isinstance(fields, dict):
         raise Fault("json not readable")
-    given: Iterator[Any] = (
-        fields.get(name) for name in ("captions", "caption", "text")
-    )
-    written = next((value for value in given if value not in (None, [])), [])
+    given = (fields.get(name) for name in ("captions", "caption", "text"))
+    written: Any = next((value for value in given if value not in (None, [])), [])
     if isinstance(written, str):
         written = [written]
     if not isinstance(written, list):
