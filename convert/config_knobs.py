@@ -15,7 +15,13 @@ from minigpt4_jax.errors import ConfigError
 # LLaMA's tokenizer; the longest of ALIGNMENT_QUESTIONS is the second.
 PROMPT_TOKENS = {"vicuna_v0": 7 + 20, "llama2": 6 + 20}
 
-PACKED = 512  # tokens of a row that captions share
+FOLDERS = {  # that README.md has `convert model` write
+    "minigpt4_vicuna_7b": "minigpt4-7b",
+    "minigpt4_vicuna_13b": "minigpt4-13b",
+    "minigpt4_llama2_7b": "minigpt4-llama2-7b",
+}
+LARGE = ("minigpt4_vicuna_13b",)  # leaves less of 80 GB to activations
+PACKED = 512  # tokens of a row that examples share
 
 
 def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
@@ -26,10 +32,10 @@ def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
     around = PROMPT_TOKENS[t.template.name] if t.loss == "descriptions" else 0
     prompt = 1 + t.preset.num_slots + around
     tokens = prompt + answers - 1
-    packed = PACKED if t.loss == "captions" and tokens <= PACKED else 0
+    packed = PACKED if tokens <= PACKED else 0
     epoch = steps(values, "run.iters_per_epoch", parts)
     knobs = dict(
-        checkpoint=t.preset.name,
+        checkpoint=FOLDERS[t.preset.name],
         init=torch_file(values.get("model.ckpt")),
         trainable=trainable(values, t),
         loss=t.loss,
@@ -47,7 +53,7 @@ def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
         cache=dict(dtype="", folder=""),
         optim=optimizer(values, parts),
         dtype="",
-        remat="none",
+        remat="block" if t.preset.name in LARGE else "none",
         loader=dict(
             workers=whole({"run.num_workers": 2, **values}, "run.num_workers"),
             prefetch=2,

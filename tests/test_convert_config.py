@@ -114,10 +114,10 @@ def loaded(text: str, folder: Path) -> ConfigDict:
 @pytest.mark.parametrize(
     "values, checkpoint, loss, row",
     [
-        (TRAINED[0], "minigpt4_vicuna_7b", "captions", (1 + 32 + 31, 32)),
-        (TRAINED[1], "minigpt4_vicuna_7b", "descriptions", (1 + 32 + 27 + 159, 160)),
-        (TRAINED[2], "minigpt4_llama2_7b", "captions", (1 + 64 + 31, 32)),
-        (TRAINED[3], "minigpt4_llama2_7b", "descriptions", (1 + 64 + 26 + 159, 160)),
+        (TRAINED[0], "minigpt4-7b", "captions", (1 + 32 + 31, 32)),
+        (TRAINED[1], "minigpt4-7b", "descriptions", (1 + 32 + 27 + 159, 160)),
+        (TRAINED[2], "minigpt4-llama2-7b", "captions", (1 + 64 + 31, 32)),
+        (TRAINED[3], "minigpt4-llama2-7b", "descriptions", (1 + 64 + 26 + 159, 160)),
     ],
 )
 def test_the_references_trainings_keep_their_numbers(
@@ -344,10 +344,10 @@ def test_the_demo_and_an_evaluation_become_configs_for_generate(file, tmp_path):
 
 def test_the_name_of_the_llama_chooses_the_preset(file):
     for name, wanted in (
-        ("/models/vicuna-13b-v0/", "minigpt4_vicuna_13b"),
-        ("/13b/vicuna_7B", "minigpt4_vicuna_7b"),
-        ("vicuna13b", "minigpt4_vicuna_13b"),
-        ("/a7b3/vicuna", "minigpt4_vicuna_7b"),
+        ("/models/vicuna-13b-v0/", "minigpt4-13b"),
+        ("/13b/vicuna_7B", "minigpt4-7b"),
+        ("vicuna13b", "minigpt4-13b"),
+        ("/a7b3/vicuna", "minigpt4-7b"),
     ):
         text = config.convert(file(TRAINED[0]), [f"model.llama_model={name}"])
         assert f'cfg.checkpoint = "{wanted}"' in text, name

@@ -1,16 +1,20 @@
 """configs/stage*.py carry the reference's numbers, and configs/finetune.py is complete."""
 
 import importlib
+from pathlib import Path
 
 import pytest
+import yaml
 from ml_collections import ConfigDict
 
-from convert import config
+from convert import config, config_knobs, yaml_files
 from minigpt4_jax import optim, run_config
 from minigpt4_jax.checkpoint import parameter_shapes
+from minigpt4_jax.data.prompts import ALIGNMENT_QUESTIONS
 from minigpt4_jax.errors import ConfigError
-from minigpt4_jax.models.minigpt4 import PRESETS
 from tests.test_convert_config import loaded
+
+ROOT = Path(__file__).parent.parent
 
 # What train_configs/*.yaml of the reference say, as facts.
 RUN = """
@@ -76,8 +80,13 @@ STAGES = {
     for stage, text in (("stage1", STAGE_1), ("stage2", STAGE_2))
     for size, facts in MODELS.items()
 }
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # How often our own files save and look; nothing is learned differently.
 OURS = {"save_every", "eval_every"}
+
+
+def yaml_values(name: str) -> dict:
+    return yaml_files.flatten(yaml.safe_load(STAGES[name]))
 
 
 def ours(name: str) -> ConfigDict:
@@ -99,13 +108,47 @@ def test_every_knob_is_the_references(name, tmp_path):
     assert run_config.reference_differences(ours(name)) == list(run_config.DEVIATIONS)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "finetune"])
-def test_a_config_is_whole_and_trains_the_projector_of_its_preset(name):
-    cfg = ours(name)
-    run_config.check(cfg)
-    paths = parameter_shapes(PRESETS[cfg.checkpoint])
-    selected = optim.select(paths, cfg.trainable)
-    assert selected == ["projector/bias", "projector/kernel"]
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("chat", "generate")])
+def test_every_config_of_a_run_is_one_the_trainer_takes(name):
+    run_config.check(ours(name))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_trains_the_projector_and_its_rows_hold_the_longest_example(name):
+    cfg, preset = ours(name), config.choose_preset(yaml_values(name))
+    paths = parameter_shapes(preset)
+    assert optim.select(paths, cfg.trainable) == ["projector/bias", "projector/kernel"]
+    around = config_knobs.PROMPT_TOKENS[preset.template] if "stage2" in name else 0
+    # BOS, prompt, slots and an answer, of which the last token is predicted, not read.
+    assert cfg.row.tokens == 1 + preset.num_slots + around + cfg.text.limit - 1
+    assert cfg.row.answers == cfg.text.limit
+    assert cfg.row.packed >= cfg.row.tokens
+
+
+def test_the_longest_question_is_the_one_that_was_counted():
+    assert max(ALIGNMENT_QUESTIONS, key=len) == ALIGNMENT_QUESTIONS[1]
+
+
+@pytest.mark.parametrize(
+    "stage, rates",
+    [
+        ("stage1", {0: 1e-6, 4999: 9.99802e-5, 5000: 9.707107e-5, 10_000: 9e-5}),
+        ("stage2", {0: 1e-6, 199: 2.98550e-5, 200: 2.809017e-5, 999: 1.000005e-5}),
+    ],
+)
+def test_the_learning_rate_is_the_references_at_every_turn(stage, rates):
+    rate = optim.schedule(ours(stage).optim)
+    for step, want in rates.items():
+        assert float(rate(step)) == pytest.approx(want, rel=2e-6), step
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_models_differ_only_in_what_the_model_needs(stage):
+    base = run_config.flat(ours(stage).to_dict())
+    for size in MODELS:
+        other = run_config.flat(ours(stage + size).to_dict())
+        differing = {name for name in base if base[name] != other[name]}
+        assert differing <= {"checkpoint", "row.tokens", "remat"}
 
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune"])
@@ -127,7 +170,7 @@ def test_the_paper_and_the_config_disagree_on_the_steps_of_stage_2():
     for size in MODELS:
         module = importlib.import_module(f"configs.stage2{size}")
         header = " ".join((module.__doc__ or "").split())
-        assert "which has 1000 steps; the paper says 400" in header
+        assert "400 is what the paper says, the config has 1,000" in header
         cfg = module.get_config()
         assert cfg.optim.total_steps == 1000
         # The checkpoint after 400 of them is kept.
@@ -136,7 +179,9 @@ def test_the_paper_and_the_config_disagree_on_the_steps_of_stage_2():
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune"])
 def test_the_command_of_a_header_names_its_file_and_its_data(name):
-    header = importlib.import_module(f"configs.{name}").__doc__
-    assert f"--config configs/{name}.py --workdir" in header
-    for source in ours(name).data:
+    module = importlib.import_module(f"configs.{name}")
+    header = " ".join((module.__doc__ or "").replace("\\\n", " ").split())
+    folder = "WORK/own" if name == "finetune" else f"WORK/{name}"
+    assert f"--config configs/{name}.py --workdir {folder}" in header
+    for source in module.get_config().data:
         assert f"--config.data.{source}.path=" in header
