@@ -29,7 +29,8 @@ ADDRESS = re.compile(r"\s*https?://\S", re.IGNORECASE)
 NOT_TEXT = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x9f\ud800-\udfff]")
 
 NOTES = """\
-img2dataset (MIT licence; Python 3.11 or 3.12) downloads them; started again, it goes on.
+img2dataset (MIT licence) downloads them, from an environment of its own with Python 3.10 to
+3.12 (`pip install img2dataset`); started again, it goes on.
 The options are the reference's. "border" makes the longest side 224 and fills the square
 with white. Training squashes every image to 224 x 224, which leaves these squares as they
 are; of "keep_ratio" images the squash would change the shape, as of a photo in a chat.
