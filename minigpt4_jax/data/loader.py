@@ -6,6 +6,7 @@ process that dies or hangs costs nothing but time: the loader begins anew where 
 
 import contextlib
 import logging
+import math
 import multiprocessing.spawn
 import os
 import queue
@@ -16,6 +17,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from minigpt4_jax.data import loader_worker
 from minigpt4_jax.data.images import PixelRules, read_image, squash
 from minigpt4_jax.data.plan import Plan
 from minigpt4_jax.errors import DataError, InputError
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 RETRIES = 3  # in a row
 PATIENCE = 100  # batches after which a recovery is forgiven
+START_S = 60  # that the first batch of a process may take at least
+ALIGNED = 64  # bytes; where arrays begin, so that JAX need not copy them on a CPU
 FEW = 1_000  # examples, of which the budget's share may be bad at first
 
 MakeArrays = Callable[[int, np.ndarray], dict[str, np.ndarray]]
@@ -98,7 +104,9 @@ class Loader:
         limit_s: float = 120,
         budget: float = 0.01,
     ):
-        self.make = _MakeBatch(plan, make_arrays, read, image, blank, part)
+        self.make = _MakeBatch(
+            plan, make_arrays, read, image, blank, part, reuse=workers > 0
+        )
         self.sources, self.plan = sources, plan
         self.step, self.stop = start, stop
         self.workers, self.prefetch = workers, prefetch
@@ -112,20 +120,23 @@ class Loader:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self.step >= self.stop:
-            self.close()
+            self.close(kill=True)  # they have nothing left, and Grain's wait to be told
             raise StopIteration
         while True:
             if self._ahead is None:
                 steps = range(self.step, self.stop)
                 self._ahead = _Ahead(self.make, steps, self.workers, self.prefetch)
             try:
-                batch = self._ahead.get(self.limit_s)
+                batch, bad = self._ahead.get(self.limit_s)
                 break
             except _Lost as lost:
                 self.close(kill=True)
                 self._recover(lost)
+            except Exception:
+                self.close()
+                raise
         self.step += 1
-        self._count(len(batch["ok_B"]), batch.pop("bad"))
+        self._count(len(batch["ok_B"]), bad)
         return batch
 
     def get_state(self) -> dict[str, int]:
@@ -170,39 +181,71 @@ class Loader:
             )
 
 
-class _MakeBatch:
-    """Step -> batch of one host; runs in the workers."""
+@dataclass(frozen=True)
+class _Contents:
+    """What lies where in a batch's one block of memory, and which examples are bad."""
 
-    def __init__(self, plan, make_arrays, read, image, blank, part):
+    arrays: list[tuple[str, np.dtype, tuple[int, ...], int]]  # ..., shape, offset
+    bad: list[tuple[int, int, str]]  # source, example, reason
+
+    def views(self, block: np.ndarray) -> dict[str, np.ndarray]:
+        block = np.asarray(block)  # the base class of Grain's shared memory
+        return {
+            name: block[at : at + math.prod(shape) * dtype.itemsize]
+            .view(dtype)
+            .reshape(shape)
+            for name, dtype, shape, at in self.arrays
+        }
+
+
+class _MakeBatch:
+    """Step -> block and _Contents of one host's batch; runs in the workers.
+
+    `reuse`: Grain copies the block of a process into shared memory before it asks for the
+    next, so that one block will do. A fresh one costs a page fault for every 4 kB.
+    """
+
+    def __init__(self, plan, make_arrays, read, image, blank, part, reuse):
         assert 0 <= part[0] < part[1], part
         self.plan, self.make_arrays, self.read = plan, make_arrays, read
         self.image, self.blank, self.part = image, blank, part
+        self.reuse, self.block = reuse, np.empty(0, np.uint8)
 
     def __call__(self, step: int) -> dict[str, Any]:
         picks = self.plan.picks(step)
-        arrays = self.make_arrays(step, picks)
-        batch: dict[str, Any] = {
-            name: self._cut(array) if name.rpartition("_")[2][0] in "BR" else array
-            for name, array in arrays.items()
-        }
         own = self._cut(picks)
-        images = np.zeros((len(own), *self.blank.shape), self.blank.dtype)
-        ok_B = np.ones(len(own), np.float32)
-        bad = []
+        arrays = {
+            name: self._cut(array) if name.rpartition("_")[2][0] in "BR" else array
+            for name, array in self.make_arrays(step, picks).items()
+        }
+        shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        shapes[self.image] = self.blank.dtype, (len(own), *self.blank.shape)
+        shapes["ok_B"] = np.dtype(np.float32), (len(own),)
+        contents, size = _Contents([], []), 0
+        for name, (dtype, shape) in shapes.items():
+            contents.arrays.append((name, dtype, shape, size))
+            size += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        block = self.block if len(self.block) == size else np.empty(size, np.uint8)
+        if self.reuse:
+            self.block = block
+        batch = contents.views(block)
+        for name, array in arrays.items():
+            batch[name][...] = array
+        images, ok_B = batch[self.image], batch["ok_B"]
+        ok_B[...] = 1
         for b, (source, _, example) in enumerate(own.tolist()):
             try:
                 images[b] = self.read(source, example)
             except (InputError, DataError) as error:
-                images[b] = self.blank
-                ok_B[b] = 0
-                bad.append((source, example, str(error)[:300]))
-        return batch | {self.image: images, "ok_B": ok_B, "bad": bad}
+                images[b], ok_B[b] = self.blank, 0
+                contents.bad.append((source, example, str(error)[:300]))
+        return {"block": block, "contents": contents}
 
     def _cut(self, array: np.ndarray) -> np.ndarray:
         k, n = self.part
         assert len(array) % n == 0, f"{len(array)} rows for {n} hosts"
         size = len(array) // n
-        return np.ascontiguousarray(array[k * size : (k + 1) * size])
+        return array[k * size : (k + 1) * size]
 
 
 class _Lost(Exception):
@@ -218,51 +261,60 @@ class _Ahead:
                 "grain_"
             ):  # else none may be asked for before all are read
                 flags.FLAGS[name].present = True
-        self._pids = Path(tempfile.mkdtemp(prefix="minigpt4-loader-"))
+        pids = Path(tempfile.mkdtemp(prefix="minigpt4-loader-"))
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(make)
         if workers:
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             prefetched = dataset.to_iter_dataset(options).mp_prefetch(
                 grain.MultiprocessingOptions(workers, prefetch),
-                worker_init_fn=_TellPid(self._pids),
+                worker_init_fn=partial(loader_worker.introduce, str(pids)),
             )
         else:
             options = grain.ReadOptions(prefetch, prefetch)
             prefetched = dataset.to_iter_dataset(options)
-        self._iterator = iter(prefetched)
+        self._starting = workers
         self._out: queue.Queue = queue.Queue(1)
-        self._over = threading.Event()
-        self._end = weakref.finalize(self, _end, self._iterator, self._over, self._pids)
-        args = (self._iterator, self._out, self._over)
-        threading.Thread(target=_draw, args=args, daemon=True).start()
+        over = threading.Event()
+        args = (iter(prefetched), self._out, over)
+        thread = threading.Thread(target=_draw, args=args, daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end, thread, over, pids, self._out)
+        self._kill = partial(_kill, pids)
 
-    def get(self, limit_s: float) -> dict[str, Any]:
+    def get(self, limit_s: float) -> tuple[dict[str, np.ndarray], list]:
+        """A batch and its bad examples."""
+        if self._starting:  # processes of which each gives a batch in turn
+            limit_s = max(limit_s, START_S)
         try:
             found = self._out.get(timeout=limit_s)
         except queue.Empty:
             raise _Lost(f"no batch in {limit_s:g} s") from None
+        self._starting = max(0, self._starting - 1)
         if isinstance(found, Exception):
             if "terminated unexpectedly" in str(found):
                 raise _Lost(f"a loader process ended ({_exit_code(found)})") from found
             raise found
-        return found
+        return found["contents"].views(found["block"]), found["contents"].bad
 
-    def close(self, kill: bool = False) -> None:
+    def close(self, kill: bool) -> None:
         if kill and self._end.alive:
-            _kill(self._pids)
+            self._kill()
         self._end()
 
 
 def _draw(iterator, out: queue.Queue, over: threading.Event) -> None:
     """Put all that an iterator gives, or its exception, into `out` until it is over."""
     try:
-        for batch in iterator:
-            if not _put(batch, out, over):
+        for found in iterator:
+            if not _put(found, out, over):
                 return
+            del found  # shared memory; not to be held while the next one is waited for
     except Exception as error:  # told to the thread that waits
         _put(error, out, over)
     else:
         _put(RuntimeError("the loader ended before its last step"), out, over)
+    finally:
+        iterator.close()
 
 
 def _put(found, out: queue.Queue, over: threading.Event) -> bool:
@@ -273,36 +325,31 @@ def _put(found, out: queue.Queue, over: threading.Event) -> bool:
     return False
 
 
-class _TellPid:
-    """In a worker: leave its process id in a file, to be ended by."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __call__(self, index: int, count: int) -> None:
-        (self.folder / str(index)).write_text(str(os.getpid()))
-
-
-def _end(iterator, over: threading.Event, pids: Path) -> None:
-    """End the workers, those that do not go by killing them: they have nothing to save."""
+def _end(
+    thread: threading.Thread, over: threading.Event, pids: Path, out: queue.Queue
+) -> None:
+    """End the workers, by killing those that do not go: they have nothing to save."""
     over.set()
-    closing = threading.Thread(target=iterator.close, daemon=True)
-    closing.start()
-    closing.join(2)
-    _kill(pids)
-    closing.join(2)  # in vain if it waits for what a killed process began to send
+    thread.join(2)
+    if thread.is_alive():
+        _kill(pids)
+        thread.join(2)  # in vain if it waits for the rest of what a process was sending
+    with contextlib.suppress(queue.Empty):
+        out.get_nowait()  # shared memory, of which Grain could not let go at exit
     shutil.rmtree(pids, ignore_errors=True)
 
 
 def _kill(pids: Path) -> None:
     for path in pids.iterdir():
         with contextlib.suppress(OSError, ValueError):
-            os.kill(int(path.read_text()), signal.SIGKILL)
+            os.kill(int(path.name), signal.SIGKILL)
 
 
 def _exit_code(error: Exception) -> str:
-    """ "signal 9" of Grain's "... unexpectedly with exit code -9. ..."."""
+    """ "signal 9", say, of Grain's "... unexpectedly with exit code -9. ..."."""
     code = str(error).partition("exit code ")[2].partition(".")[0]
+    if code == f"-{signal.SIGBUS.value}":
+        return "bus error: /dev/shm is full"
     return f"signal {code[1:]}" if code.startswith("-") else f"exit code {code}"
 
 
@@ -311,7 +358,7 @@ def _without_the_program(name: str) -> dict:
     data = _preparation(name)
     if name.startswith("grain-process-prefetch"):
         data.pop("init_main_from_path", None)
-        data["init_main_from_name"] = "minigpt4_jax.data.loader_worker"
+        data["init_main_from_name"] = loader_worker.__name__
     return data
 
 
