@@ -149,7 +149,7 @@ def _copies(examples: Examples) -> Iterator[str]:
     order = np.argsort(examples.hashes, kind="stable")
     hashes = examples.hashes[order]
     again = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
-    yield f"duplicates  {f'{len(again):,} images' if len(again) else 'none'}"
+    yield f"duplicates  {len(again) or 'none'}"
     for i in again[:FEW]:
         yield f"  {examples.where(order[i])} is also {examples.where(order[i - 1])}"
 
