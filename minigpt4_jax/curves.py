@@ -134,7 +134,7 @@ def value_axis(
     if high - low <= 1e-9 * max(abs(high), abs(low)):  # a constant, or nothing at all
         pad = abs(high) / 2 or 1.0
         low, high = (low if from_zero else low - pad), high + pad
-    ticks = _ticks(low, high, 4)
+    ticks = _ticks(low, high, 5)
     gap = (ticks[1] - ticks[0]) * (100 if percent else 1)
     digits = max(0, -math.floor(math.log10(gap) + 1e-9))
     plain = 1e-4 < gap

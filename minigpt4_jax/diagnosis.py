@@ -5,7 +5,9 @@ from collections import deque
 from statistics import median
 
 NEAR = 0.05  # of ln(vocabulary): no trained decoder comes so close on text it can read
-SHARE = 0.01  # of the validation loss: exchanged images that add less are not looked at
+# Of the validation loss: exchanged images that add less are not looked at. On 32 photos
+# they add 8 % with the demo's connector and 4 % after the stage of words alone.
+SHARE = 0.01
 AFTER = 200  # steps that any run may take to begin
 LOSSES = 5  # that are taken together, so that one odd batch says nothing
 

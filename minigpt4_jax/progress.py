@@ -36,6 +36,13 @@ class Meter:
     The first step of a process compiles: where a window holds others too, it is left out.
     """
 
+    _began: float  # of the window
+    _last: float  # step's end
+    _seconds: list[float]  # of each step
+    _sums: dict[str, int]
+    _flops: float
+    _waited: float
+
     def __init__(
         self,
         *,
@@ -114,7 +121,7 @@ class Meter:
 
     def _begin(self, now: float) -> None:
         self._began = self._last = now
-        self._seconds: list[float] = []
+        self._seconds = []
         self._sums = {"examples": 0, "tokens": 0, "answer_tokens": 0}
         self._flops = self._waited = 0.0
 

@@ -31,7 +31,9 @@ STYLE = Path(__file__).parent / "assets/report.css"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LARGEST = 1_000_000  # bytes of a photo; kept ones have a hundredth
 
-CHARTS = (  # title, metric, how it is drawn
+CHARTS: tuple[
+    tuple[str, str, dict[str, Any]], ...
+] = (  # title, metric, how it is drawn
     ("learning rate", "lr", dict(from_zero=True)),
     ("gradient norm", "grad_norm", dict(log=True)),
     ("examples a second", "examples_per_s", dict(from_zero=True)),
@@ -203,7 +205,9 @@ def notes(records: Sequence[Mapping]) -> str:
     values = [points(records, name) for name in names]
     found = {}
     if all(values) and (step := values[0][-1][0]) >= AFTER:
-        found = diagnose(step, **{n: v[-1][1] for n, v in zip(names, values)})
+        found = diagnose(
+            step, val_loss=values[0][-1][1], val_loss_exchanged=values[1][-1][1]
+        )
     return "".join(f'<p class="notes">{text(says)}.</p>' for says in found.values())
 
 
@@ -283,7 +287,7 @@ def card(line: Mapping, photos: Mapping[str, str]) -> str:
 def settings(run: Mapping) -> str:
     """The config, and what went into the run."""
     parts = []
-    differences = run.get("differences")
+    differences = run.get("differs_from_reference")
     if isinstance(differences, list):
         items = "".join(f"<li>{text(d)}</li>" for d in differences)
         parts.append(

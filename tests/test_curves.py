@@ -17,13 +17,17 @@ def labels(axis) -> list[str]:
 @pytest.mark.parametrize(
     "values, how, wanted",
     [
-        ([2.1, 4.4], {}, ["2", "3", "4", "5"]),
+        ([2.1, 4.4], {}, ["2.0", "2.5", "3.0", "3.5", "4.0", "4.5"]),
         ([2.615, 2.6251], {}, ["2.615", "2.620", "2.625", "2.630"]),
-        ([3e-5, 1e-4], dict(from_zero=True), ["0", "5e-5", "0.0001"]),
+        (
+            [3e-5, 1e-4],
+            dict(from_zero=True),
+            ["0", "2e-5", "4e-5", "6e-5", "8e-5", "0.0001"],
+        ),
         ([5e3, 12e3], dict(from_zero=True), ["0", "5,000", "10,000", "15,000"]),
         ([0.31, 0.325], dict(percent=True), ["31.0 %", "31.5 %", "32.0 %", "32.5 %"]),
         ([2.0, 2.0], {}, ["1.0", "1.5", "2.0", "2.5", "3.0"]),
-        ([0.0, 0.0], dict(from_zero=True), ["0.0", "0.5", "1.0"]),
+        ([0.0, 0.0], dict(from_zero=True), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         ([-1.2, -0.4], dict(from_zero=True), ["-1.5", "-1.0", "-0.5", "0.0"]),
         ([1.3, 70.0], dict(log=True), ["1", "10", "100"]),
         ([1.3, 14.0], dict(log=True), ["1", "2", "5", "10", "20"]),
@@ -96,7 +100,7 @@ def test_pointing_at_a_step_says_its_values_and_what_happened():
 
 
 def test_a_long_run_keeps_its_peaks_in_a_small_picture():
-    values = [(step, 2.0 + 0.001 * (step % 6)) for step in range(30_000)]
+    values = [(step, 2.0 + 0.0011 * (step % 6)) for step in range(30_000)]
     values[12_345] = (12_345, 50.0)
     page = chart("gradient norm", [Series("each", values)])
     assert len(page) < 100_000

@@ -24,7 +24,7 @@ RUN = {
     "versions": {"jax": "0.10.2"},
     "frozen": {"model.safetensors": "ab12"},
     "data": {"flickr": "cd34"},
-    "differences": ["batch_size: 4, the reference has 256"],
+    "differs_from_reference": ["batch_size: 4, the reference has 256"],
 }
 
 
@@ -147,7 +147,7 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(finished):
 
 
 def test_any_text_is_shown_letter_for_letter(tmp_path):
-    run = RUN | {"differences": [HOSTILE], "versions": {HOSTILE: HOSTILE}}
+    run = RUN | {"differs_from_reference": [HOSTILE], "versions": {HOSTILE: HOSTILE}}
     sample = {"step": 1, "photo": HOSTILE, "says": HOSTILE, "captions": [HOSTILE, 3]}
     page = Page(report.page(write(tmp_path / "<b>run", records(20), [sample], run)))
     assert "script" not in page.tags and "b>run" not in page.tags
