@@ -218,7 +218,7 @@ def test_a_process_killed_from_outside_is_replaced(tmp_path):
 
 
 def test_a_process_that_hangs_is_replaced_and_no_batch_changes(tmp_path, caplog):
-    make = Watched(tmp_path, 3, signal.SIGSTOP)
+    make = Watched(tmp_path, 5, signal.SIGSTOP)
     loader = load(make=make, workers=2, limit_s=1.5)
     assert_same(list(loader), list(load()))
     assert "no batch in 1.5 s; loading begins anew there" in caplog.text
