@@ -6,6 +6,7 @@ clone, with torch).
 """
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -63,9 +64,9 @@ def _converted(path: Path, directory: Path, workdir: Path) -> Path:
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
+        said = re.split(r"\w+Error: ", done.stderr.strip())[-1] or "no message"
         raise CheckpointError(
-            f"config.init: {path} cannot be read ({lines[-1]}); .pth files need a clone "
-            "of the repository and its `convert` extra"
+            f"config.init: {path} cannot be read; .pth files need a clone of the "
+            f"repository and its `convert` extra. The converter says: {said}"
         )
     return out

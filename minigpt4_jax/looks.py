@@ -15,27 +15,34 @@ from minigpt4_jax.task import Task, sample
 
 logger = logging.getLogger(__name__)
 
-IMAGES = ("pixels_BHWC", "patches_BPE", "queries_BQD")
+IMAGES = ("pixels_BHWC", "patches_BPE", "queries_BQD", "ok_B")  # ok_B: readable
 
 
 class Looks:
     """Loss on held-out batches, with their own images and exchanged; sample answers."""
 
-    def __init__(self, trainables: Trainables, task: Task, tokenizer, mesh):
+    def __init__(
+        self, trainables: Trainables, task: Task, tokenizer, mesh, young: int = 0
+    ):
+        """Args: young: steps in which a run need not have learned yet."""
         self.trainables, self.task, self.tokenizer = trainables, task, tokenizer
         self.batches = [sharding.place_batch(b, mesh) for b in task.val_batches]
+        several = all(len(b["ok_B"]) > 1 for b in task.val_batches)
         self.exchanged = [
-            sharding.place_batch(exchange(b), mesh) for b in task.val_batches
+            sharding.place_batch(exchange(b), mesh)
+            for b in task.val_batches
+            if several  # one image has none to be exchanged with
         ]
         self.evaluate = make_evaluate(trainables, task.loss_fn)
-        self.diagnosis = Diagnosis(task.vocabulary_size)
+        self.diagnosis = Diagnosis(task.vocabulary_size, after=max(200, young))
 
     def losses(self, params: dict) -> dict[str, float]:
-        """val_loss over always the same batches, and with their images exchanged."""
-        return {
-            "val_loss": self._mean(params, self.batches),
-            "val_loss_exchanged": self._mean(params, self.exchanged),
-        }
+        """val_loss over always the same batches; val_loss_exchanged with their images
+        exchanged, where a batch has several."""
+        found = {"val_loss": self._mean(params, self.batches)}
+        if self.exchanged:
+            found["val_loss_exchanged"] = self._mean(params, self.exchanged)
+        return found
 
     def samples(self, params: dict, folder: Path) -> list[dict]:
         """What the model says about a few photos, which are kept in `folder`; [] while

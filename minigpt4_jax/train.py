@@ -112,7 +112,7 @@ def train(cfg, workdir: Path, devices=None) -> bool:
     work = task.prompt is not None  # the warm start leaves the decoder out
     costs = flops.costs(model.cfg, trainables.params, task.part) if work else None
     stream = Stream(task.loader(start), mesh, accumulate, costs)
-    looks = Looks(trainables, task, tokenizer, mesh)
+    looks = Looks(trainables, task, tokenizer, mesh, cfg.optim.warmup_steps)
     meter = Meter(peak_flops=flops.peak(mesh.devices.flat), devices=jax.local_devices())
     main_process = jax.process_index() == 0
     board = Board(run.path, step=start, config=cfg.to_dict(), active=main_process)

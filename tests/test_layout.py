@@ -55,13 +55,23 @@ ROOMS = (
     (r"minigpt4_jax/data/images", {"numpy", "PIL"}, rf"{ERRORS}"),
     (r"minigpt4_jax/data/tokens", {"tokenizers", "sentencepiece"}, rf"{ERRORS}|{DATA}"),
     (
-        r"minigpt4_jax/data/(plan|loader\w*)",
+        r"minigpt4_jax/data/(plan|loader\w*|read_ahead)",
         {"absl", "grain", "numpy"},
+        rf"{ERRORS}|{DATA}",
+    ),
+    (
+        r"minigpt4_jax/data/__main__",  # a command
+        {"absl"},
+        rf"{ERRORS}|{DATA}|minigpt4_jax(\.locate)?",
+    ),
+    (
+        r"minigpt4_jax/data/records",
+        {"array_record", "tensorflow_datasets"},
         rf"{ERRORS}|{DATA}",
     ),
     (r"minigpt4_jax/data/(contact_sheet|scan)", {"PIL", "numpy"}, rf"{ERRORS}|{DATA}"),
     (
-        r"minigpt4_jax/data/(build|token_counts)",  # what is kept on disk
+        r"minigpt4_jax/data/(build|check|token_counts)",  # with a bar
         {"numpy", "tqdm"},
         rf"{ERRORS}|{DATA}|minigpt4_jax(\.locate)?",
     ),
@@ -111,8 +121,9 @@ ROOMS = (
         r"minigpt4_jax/workdir",
         {"jax", "ml_collections", "numpy", "orbax"},
         rf"{ERRORS}|minigpt4_jax|"
-        r"minigpt4_jax\.(kept|locate|run_config|sharding|storage)",
+        r"minigpt4_jax\.(kept|lines|locate|run_config|sharding|storage)",
     ),
+    (r"minigpt4_jax/lines", set(), r"minigpt4_jax|minigpt4_jax\.storage"),
     (
         r"minigpt4_jax/kept",
         set(),
@@ -146,7 +157,7 @@ ROOMS = (
     (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
         r"minigpt4_jax/(train|generate|chat|report)",  # commands: anything of ours
-        {"PIL", "jax", "absl", "ml_collections", "tqdm", "numpy"},
+        {"jax", "absl", "ml_collections", "tqdm"},
         PACKAGE,
     ),
     (
@@ -171,8 +182,8 @@ ROOMS = (
     (r"configs/\w+", {"ml_collections"}, r""),
     (
         r"benchmarks/\w+",
-        {*NET, "numpy", "torch", "transformers", "absl"},
-        rf"benchmarks\.\w+|convert\.\w+|tests\.(parity|published)|minigpt4_jax|{PACKAGE}",
+        {*NET, "numpy", "torch", "transformers", "absl", "ml_collections"},
+        rf"benchmarks\.\w+|configs\.\w+|convert\.\w+|tests\.(parity|published)|minigpt4_jax|{PACKAGE}",
     ),
     (r"examples/\w+", {*NET, "numpy", "PIL"}, rf"minigpt4_jax|{PACKAGE}"),
 )

@@ -27,6 +27,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
         {"nll_B": np.array([6.0, 0.0]), "count_B": np.array([2.0, 0.0])},
         {"nll_B": np.array([1.0, 1.0]), "count_B": np.array([1.0, 5.0])},
     ]
+    batches = [batch | {"ok_B": np.ones(2)} for batch in batches]
     found = make(loss_fn, batches).losses({"model": 0})
     assert found == {"val_loss": 1.0, "val_loss_exchanged": 1.0}  # 8 nats, 8 tokens
 
@@ -39,8 +40,16 @@ def test_exchanged_images_belong_to_another_example_and_nothing_else_moves():
     }
     found = looks.exchange(batch)
     np.testing.assert_array_equal(found["patches_BPE"], batch["patches_BPE"][[2, 0, 1]])
-    for name in ("ids_RT", "ok_B"):
-        np.testing.assert_array_equal(found[name], batch[name])
+    np.testing.assert_array_equal(found["ok_B"], [2, 0, 1])
+    np.testing.assert_array_equal(found["ids_RT"], batch["ids_RT"])
+
+
+def test_one_image_is_exchanged_with_none():
+    def loss_fn(model, batch):
+        return batch["ok_B"].sum(), batch["ok_B"].sum()
+
+    found = make(loss_fn, [{"ok_B": np.ones(1)}]).losses({"model": 0})
+    assert found == {"val_loss": 1.0}
 
 
 def test_a_loss_of_chance_is_said_once(caplog):

@@ -129,8 +129,14 @@ def test_without_its_clone_a_command_asks_for_the_config(wheel, tmp_path, comman
 
 
 def test_a_plain_install_needs_what_the_package_imports_and_no_more(wheel):
-    needed = set(requirements(wheel, None))
-    assert needed == imported("minigpt4_jax/**/*.py")
+    needed = imported("minigpt4_jax/**/*.py")
+    train, data = (set(requirements(wheel, extra)) for extra in ("train", "data"))
+    # wandb is used where it is; array_record comes with grain.
+    assert needed - train - data - {"wandb", "array-record"} == set(
+        requirements(wheel, None)
+    )
+    assert train < data < needed | {"img2dataset"}
+    assert data <= set(requirements(wheel, "test"))
 
 
 def test_the_demo_needs_no_torch(wheel):
@@ -156,7 +162,7 @@ def test_the_converter_needs_what_its_files_import_and_no_more(wheel):
 
 
 def test_every_extra_is_there(wheel):
-    for extra in ("convert", "test", "data", "serve", "tpu", "gpu"):
+    for extra in ("convert", "test", "train", "data", "serve", "tpu", "gpu"):
         assert requirements(wheel, extra) != [], extra
 
 
