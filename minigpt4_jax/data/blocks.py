@@ -60,8 +60,9 @@ class Pool:
     def _make(self, path: str, size: int) -> mmap.mmap:
         with open(path, "x+b") as file:
             try:
-                # Room for all of it at once: to write where there is none kills.
-                os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # a write without room kills
+                    os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
