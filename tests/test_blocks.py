@@ -60,3 +60,13 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks.os, "posix_fallocate", full)
     with pytest.raises(DataError, match="no room for a batch of 3 MB.*shm-size"):
         blocks.Pool(tmp_path).take(3_000_000)
+
+
+def test_blocks_of_a_killed_program_are_taken_away_by_the_next(tmp_path):
+    used, lock = blocks.make_folder(tmp_path)
+    left, other = blocks.make_folder(tmp_path)
+    blocks.Pool(left).take(100)
+    other.close()  # as the system does for a process that ends
+    third, _ = blocks.make_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([used, third])
+    lock.close()

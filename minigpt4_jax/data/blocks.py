@@ -6,13 +6,17 @@ tells whether it may be filled again; the reader clears it when nothing refers t
 read any more.
 """
 
+import contextlib
 import errno
+import fcntl
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +24,8 @@ from minigpt4_jax.errors import DataError
 
 HEAD = 64  # bytes before the content, which stays aligned
 FREE, TAKEN = 0, 1
+SHARED = Path("/dev/shm")
+PREFIX = "minigpt4-loader-"
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,27 @@ class Name:
     path: str
 
 
-def make_folder() -> Path:
-    """Where blocks lie: in memory where the system has such a place."""
-    shared = Path("/dev/shm")
-    memory = shared if os.access(shared, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="minigpt4-loader-", dir=memory))
+def make_folder(root: Path | None = None) -> tuple[Path, IO]:
+    """Where blocks lie, and a lock that says that they are in use while it is open.
+
+    In memory where the system has such a place. What a killed program left there would
+    fill it up, so that the next one takes it away.
+    """
+    if root is None:
+        root = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    for folder in root.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            _remove_unused(folder)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
+    lock = open(hidden / "lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return hidden.rename(root / hidden.name[1:]), lock
+
+
+def _remove_unused(folder: Path) -> None:
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Pool:

@@ -13,6 +13,7 @@ import threading
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import grain
 import numpy as np
@@ -37,7 +38,9 @@ class ReadAhead:
         for name in flags.FLAGS:
             if name.startswith("grain_"):
                 flags.FLAGS[name].present = True  # else it wants all of argv parsed
-        folder = make_folder()  # of blocks, and of a file called as each process's id
+        folder, lock = (
+            make_folder()
+        )  # of blocks, and of a file called as each process's id
         dataset = grain.MapDataset.range(steps.start, steps.stop)
         if workers:
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -55,7 +58,7 @@ class ReadAhead:
         args = (iter(ahead), self._out, over)
         thread = threading.Thread(target=_draw, args=args, daemon=True)
         thread.start()
-        self._end = weakref.finalize(self, _end, thread, over, folder)
+        self._end = weakref.finalize(self, _end, thread, over, folder, lock)
         self._kill = partial(_kill, folder)
 
     def get(self, limit_s: float) -> tuple[dict[str, np.ndarray], list[Bad]]:
@@ -122,7 +125,9 @@ def _put(found, out: queue.Queue, over: threading.Event) -> bool:
     return False
 
 
-def _end(thread: threading.Thread, over: threading.Event, folder: Path) -> None:
+def _end(
+    thread: threading.Thread, over: threading.Event, folder: Path, lock: IO
+) -> None:
     """End the workers, by killing those that do not go: they have nothing to save."""
     over.set()
     thread.join(2)
@@ -130,6 +135,7 @@ def _end(thread: threading.Thread, over: threading.Event, folder: Path) -> None:
         _kill(folder)
         thread.join(2)  # in vain if it waits for the rest of what a process was sending
     shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
 
 
 def _kill(folder: Path) -> None:
