@@ -84,7 +84,9 @@ def encode(turns: Sequence[Turn], tokens: int, answers: int) -> Piece:
     )
 
 
-def lay_out(pieces: Sequence[Piece], sizes: RowSizes, num_slots: int, packed: bool):
+def lay_out(
+    pieces: Sequence[Piece], sizes: RowSizes, num_slots: int, packed: bool
+) -> dict[str, np.ndarray]:
     """Arrays of `sizes.rows` rows R of T tokens and A answer tokens.
 
     Example b lies alone in row b, or, packed, where `share_out` puts it.
