@@ -46,8 +46,9 @@ class Looks:
 
     def samples(self, params: dict, folder: Path) -> list[dict]:
         """What the model says about a few photos, which are kept in `folder`; [] while
-        the decoder is not used."""
-        if self.task.prompt is None or not self.task.photos:
+        the decoder is not used, and with several processes, of which the engine knows
+        nothing."""
+        if self.task.prompt is None or not self.task.photos or jax.process_count() > 1:
             return []
         said = sample(self.trainables.model(params), self.tokenizer, self.task)
         files = keep_photos(folder, self.task.photos)

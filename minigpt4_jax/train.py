@@ -143,7 +143,7 @@ def train(cfg, workdir: Path, devices=None) -> bool:
                 board.log(done, record)
                 looks.say(done, record)
             bar.step(record)
-            if done % cfg.save_every == 0 or last:
+            if done % cfg.save_every == 0 or last or run.save_again:
                 with meter.paused():
                     run.save(done, state, stream.position)
             if last:

@@ -107,6 +107,7 @@ class WorkDir:
                 folder = self._folder(self.step)
                 kept.check(folder, [locate.TRAINABLES])
                 self._publish(folder)
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._under_way: Future | None = None
@@ -319,6 +320,11 @@ def _with_tuples(value: Any) -> Any:
 def _changed(old: dict, new: dict) -> list[str]:
     names = sorted(old.keys() | new.keys())
     return [name for name in names if old.get(name) != new.get(name)]
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs pages of traceback of what it raises; one sentence comes from here."""
+    return "orbax" not in record.pathname
 
 
 def _any(here: bool) -> bool:

@@ -1,0 +1,126 @@
+"""Processes that are really killed: what they leave goes on as if nothing had been."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minigpt4_jax import locate
+from tests import dying, training
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    return training.write_frozen(tmp_path_factory.mktemp("models") / "frozen")
+
+
+@pytest.fixture(scope="module")
+def unbroken(frozen, tmp_path_factory):
+    """The toy run, from its first step to its last."""
+    path = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert dying.in_process(dying.toy, path, frozen) == 0
+    return path
+
+
+def assert_same(path: Path, other: Path) -> None:
+    """Weights, optimizer, losses and files, bit by bit."""
+    ours, theirs = dying.saved_arrays(path), dying.saved_arrays(other)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for name in ("metrics.jsonl", locate.TRAINABLES):
+        assert (path / name).read_bytes() == (other / name).read_bytes()
+    kept = [
+        sorted(p.name for p in (w / "checkpoints").iterdir()) for w in (path, other)
+    ]
+    assert kept[0] == kept[1]
+
+
+# A save that is cut short.
+
+
+@pytest.mark.parametrize("place", [*dying.PLACES, "step"])
+def test_a_run_killed_in_a_save_goes_on_to_the_same_end(
+    frozen, unbroken, tmp_path, place
+):
+    path = tmp_path / "run"
+    first = dying.EVERY
+    for step in (first, 3 * first) if place != "an old checkpoint is removed" else (6,):
+        code = dying.in_process(dying.toy, path, frozen, (place, step))
+        assert code == -signal.SIGKILL
+    assert dying.in_process(dying.toy, path, frozen) == 0
+    assert_same(path, unbroken)
+
+
+def test_what_is_killed_leaves_the_weights_of_a_step_for_the_generator(
+    frozen, tmp_path
+):
+    path = tmp_path / "run"
+    for place in dying.PLACES:
+        shutil.rmtree(path, ignore_errors=True)
+        dying.in_process(dying.toy, path, frozen, (place, 6))
+        load_file(path / locate.TRAINABLES)  # whole, whichever step it is of
+        load_file(locate.resolve(f"{path}@4") / locate.TRAINABLES)
+
+
+# A full disk.
+
+
+def test_a_run_that_cannot_write_ends_with_its_code_and_goes_on_when_it_can(
+    frozen, unbroken, tmp_path
+):
+    path = tmp_path / "run"
+    ended = dying.in_process(dying.toy_with_code, path, frozen, limit=50_000)
+    assert ended == 4
+    assert locate.kept_steps(path) == [2, 4]
+    np.testing.assert_array_equal(
+        load_file(path / locate.TRAINABLES)["projector/bias"],
+        load_file(path / "checkpoints/4" / locate.TRAINABLES)["projector/bias"],
+    )
+    assert dying.in_process(dying.toy, path, frozen) == 0
+    assert_same(path, unbroken)
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=1400k none "$1"
+"$2" -c "$3" "$1/run" "$4" && exit 1 || test $? = 4
+ls "$1/run/checkpoints" >&2
+mount -o remount,size=20m "$1"
+"$2" -c "$3" "$1/run" "$4"
+cp -r "$1/run" "$5"
+"""
+TOY = "import sys; from tests import dying; dying.toy_with_code(*map(dying.Path, sys.argv[1:]))"
+
+
+def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
+    frozen, unbroken, tmp_path
+):
+    """In a mount of its own, which needs no rights where users may have namespaces."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(
+            [*alone, "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("nothing can be mounted here")
+    done = subprocess.run(
+        [*alone, "sh", "-c", FULL, "sh", disk, sys.executable, TOY, frozen]
+        + [tmp_path / "run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stdout
+    assert_same(tmp_path / "run", unbroken)

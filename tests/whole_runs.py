@@ -1,0 +1,84 @@
+"""Whole tiny runs for processes of their own, and where they are to end or be hurt."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from minigpt4_jax import train, workdir
+from tests import dying, training
+
+TOTAL, EVERY = 8, 2  # steps, and between saves
+
+
+def run(
+    path: Path, folder: Path, hurts: tuple[str, int] | None = None, total: int = TOTAL
+):
+    """A run of folder/frozen on folder/data; ends with the exit code of the command.
+
+    Args:
+        hurts: what happens when the step of this number (from 0) is under way: "killed",
+            "terminated twice", "worker killed", "worker stalls", or a place of
+            dying.PLACES, where the next save is killed.
+    """
+    cfg = training.config(
+        folder / "frozen",
+        optim__total_steps=total,
+        save_every=EVERY,
+        eval_every=4,
+        row__packed=450,
+        loader__workers=2,
+        loader__limit_s=5,
+    )
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    look = train.Guard.look
+
+    def hurt(self, step, *args):
+        look(self, step, *args)
+        if hurts and step == hurts[1]:
+            hurting(hurts[0])
+
+    with mock.patch.object(train.Guard, "look", hurt):
+        finished = train.train(cfg, path, devices=jax.devices()[:1])
+    raise SystemExit(0 if finished else train.TERMINATED)
+
+
+def hurting(what: str) -> None:
+    if what == "killed":
+        dying.kill()
+    elif what == "terminated twice":
+        begin = workdir.WorkDir._begin
+
+        def again(self, *args):
+            begin(self, *args)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        mock.patch.object(workdir.WorkDir, "_begin", again).start()
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif what.startswith("worker"):
+        (worker, *_) = multiprocessing.active_children()
+        assert worker.pid is not None
+        signalled = signal.SIGKILL if what == "worker killed" else signal.SIGSTOP
+        os.kill(worker.pid, signalled)
+    else:
+        dying.PLACES[what](dying.kill).start()
+
+
+def one_of_two(process: int, port: int, path: Path, folder: Path) -> None:
+    """Process 0 or 1 of a run on one device each."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    cfg = training.config(
+        folder / "frozen",
+        optim__total_steps=TOTAL,
+        save_every=EVERY,
+        eval_every=4,
+        loader__workers=0,
+    )
+    raise SystemExit(0 if train.train(cfg, path) else train.TERMINATED)
