@@ -182,7 +182,16 @@ ROOMS = (
     (r"configs/\w+", {"ml_collections"}, r""),
     (
         r"benchmarks/\w+",
-        {*NET, "numpy", "torch", "transformers", "absl", "ml_collections"},
+        {
+            *NET,
+            "PIL",
+            "numpy",
+            "torch",
+            "transformers",
+            "webdataset",
+            "absl",
+            "ml_collections",
+        },
         rf"benchmarks\.\w+|configs\.\w+|convert\.\w+|tests\.(parity|published)|minigpt4_jax|{PACKAGE}",
     ),
     (r"examples/\w+", {*NET, "numpy", "PIL"}, rf"minigpt4_jax|{PACKAGE}"),
