@@ -107,6 +107,7 @@ class WorkDir:
                 folder = self._folder(self.step)
                 kept.check(folder, [locate.TRAINABLES])
                 self._publish(folder)
+                kept.prune(self.path, cfg.keep.last, cfg.keep.every)
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")

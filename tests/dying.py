@@ -47,6 +47,8 @@ def _instead(owner, name: str, act: Callable[[], object]):
 
 def _half_removed(act: Callable[[], object]):
     def remove(folder, **_):
+        if not Path(folder).exists():
+            return
         for file in itertools.islice(Path(folder).rglob("*.ocdbt"), 2):
             file.unlink()
         act()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minigpt4_jax import locate
+from minigpt4_jax import kept, locate
 from tests import dying, training
 
 ROOT = Path(__file__).parent.parent
@@ -46,28 +46,29 @@ def assert_same(path: Path, other: Path) -> None:
 # A save that is cut short.
 
 
-@pytest.mark.parametrize("place", [*dying.PLACES, "step"])
-def test_a_run_killed_in_a_save_goes_on_to_the_same_end(
-    frozen, unbroken, tmp_path, place
+def test_a_run_killed_wherever_its_first_save_comes_by_reaches_the_same_end(
+    frozen, unbroken, tmp_path
 ):
     path = tmp_path / "run"
-    first = dying.EVERY
-    for step in (first, 3 * first) if place != "an old checkpoint is removed" else (6,):
-        code = dying.in_process(dying.toy, path, frozen, (place, step))
-        assert code == -signal.SIGKILL
+    for place in ("step", *list(dying.PLACES)[:-1]):  # nothing old is there to remove
+        code = dying.in_process(dying.toy, path, frozen, (place, dying.EVERY))
+        assert code == -signal.SIGKILL, place
     assert dying.in_process(dying.toy, path, frozen) == 0
     assert_same(path, unbroken)
 
 
-def test_what_is_killed_leaves_the_weights_of_a_step_for_the_generator(
-    frozen, tmp_path
+def test_a_run_killed_wherever_a_later_save_comes_by_reaches_the_same_end(
+    frozen, unbroken, tmp_path
 ):
     path = tmp_path / "run"
     for place in dying.PLACES:
-        shutil.rmtree(path, ignore_errors=True)
-        dying.in_process(dying.toy, path, frozen, (place, 6))
+        step = 8 if place == "an old checkpoint is removed" else 6  # 6 has its name
+        code = dying.in_process(dying.toy, path, frozen, (place, step))
+        assert code == -signal.SIGKILL, place
         load_file(path / locate.TRAINABLES)  # whole, whichever step it is of
-        load_file(locate.resolve(f"{path}@4") / locate.TRAINABLES)
+        kept.check(locate.resolve(f"{path}@4" if step == 6 else f"{path}@6"))
+    assert dying.in_process(dying.toy, path, frozen) == 0
+    assert_same(path, unbroken)
 
 
 # A full disk.
