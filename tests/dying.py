@@ -3,13 +3,16 @@
 The places are in the order in which a save comes by them.
 """
 
+import errno
 import functools
 import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from minigpt4_jax import kept, locate, storage
+from minigpt4_jax import kept, locate, sharding, storage
 from minigpt4_jax.errors import CheckpointError
 from minigpt4_jax.workdir import WorkDir
 from tests import training
@@ -145,21 +148,84 @@ def toy_with_code(*args, **kwargs) -> None:
         raise SystemExit(error.exit_code) from error
 
 
-def in_process(function: Callable, *args, **kwargs) -> int:
-    """The exit code of a process of its own; minus the signal that ended it.
+def one_of_two(path: Path, frozen: Path, port: int, index: int, fails: int) -> None:
+    """A process of a run over two: saves twice, the first one failing `fails` times."""
+    join(port, index)
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    run = WorkDir(path, training.config(frozen), frozen)
+    left = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))] * fails
+    seal = kept.seal
 
-    It is forked from one that has imported everything and started nothing.
+    def fail(part):
+        if left:
+            raise left.pop()
+        seal(part)
+
+    with mock.patch.object(kept, "seal", fail):  # by the first process alone
+        run.save(2, sharded_state(mesh, 2), {"next": 2})
+        run.wait()
+    run.log(2, {"loss": 0.5})
+    run.save(4, sharded_state(mesh, 4), {"next": 4})
+    run.close()
+    run = WorkDir(path, training.config(frozen), frozen)
+    found = run.restore(sharded_state(mesh, 0))
+    wanted = sharded_state(mesh, 4)
+    assert run.step == 4 and run.position == {"next": 4}
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        np.testing.assert_array_equal(sharding.fetch(got), sharding.fetch(want))
+    run.close()
+
+
+def sharded_state(mesh: jax.sharding.Mesh, value: int) -> dict:
+    """Parameters that are everywhere and in parts, as the mesh wants them."""
+    kernel = np.random.default_rng(value).normal(size=(2, 12, 20)).astype(np.float32)
+    params = {
+        "llama/blocks/mlp/up/kernel": kernel,  # over `fsdp`
+        "projector/bias": np.full(24, value, np.float32),
+    }
+    moments = {name: 2 * array for name, array in params.items()}
+    return sharding.place_state({"params": params, "opt_state": (moments,)}, mesh)
+
+
+def join(port: int, index: int, of: int = 2, devices: int = 2) -> None:
+    """Makes this process one of several that have so many devices each."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.distributed.initialize(f"localhost:{port}", of, index)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def in_process(function: Callable, *args, **kwargs) -> int:
+    """The exit code of a process of its own; minus the signal that ended it."""
+    return in_processes((function, args, kwargs))[0]
+
+
+def in_processes(*calls: tuple[Callable, Sequence, Mapping[str, Any]]) -> list[int]:
+    """The exit codes of several processes at a time.
+
+    They are forked from one that has imported everything and started nothing.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=function, args=args, kwargs=kwargs)
-    process.start()
-    process.join(timeout=300)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{function.__name__}{args} did not end")
-    assert process.exitcode is not None
-    return process.exitcode
+    processes = [
+        context.Process(target=function, args=tuple(args), kwargs=dict(kwargs))
+        for function, args, kwargs in calls
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=300)
+        assert all(process.exitcode is not None for process in processes), calls
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def saved_arrays(path: Path) -> dict[str, np.ndarray]:

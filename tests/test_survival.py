@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minigpt4_jax import kept, locate
+from minigpt4_jax import kept, locate, sharding
+from minigpt4_jax.workdir import WorkDir
 from tests import dying, training
 
 ROOT = Path(__file__).parent.parent
@@ -125,3 +127,25 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
     assert done.returncode == 0, done.stderr
     assert "No space left on device" in done.stdout
     assert_same(tmp_path / "run", unbroken)
+
+
+# Two processes.
+
+
+def test_two_processes_save_one_checkpoint_that_any_number_restores(frozen, tmp_path):
+    path = tmp_path / "run"
+    port = dying.free_port()
+    # A save that one process cannot finish is made again by both.
+    calls = [(dying.one_of_two, (path, frozen, port, i, 1 - i), {}) for i in range(2)]
+    assert dying.in_processes(*calls) == [0, 0]
+    assert locate.kept_steps(path) == [2, 4]
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == 1
+    mesh = sharding.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
+    run = WorkDir(path, training.config(frozen), frozen)
+    found = run.restore(dying.sharded_state(mesh, 0))
+    run.close()
+    wanted = dying.sharded_state(mesh, 4)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        np.testing.assert_array_equal(got, want)
+    for name, array in load_file(path / locate.TRAINABLES).items():
+        np.testing.assert_array_equal(array, wanted["params"][name])
