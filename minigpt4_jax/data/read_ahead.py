@@ -139,10 +139,11 @@ def _end(
 
 
 def _kill(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name.isdigit():
-            with contextlib.suppress(OSError):
-                os.kill(int(path.name), signal.SIGKILL)
+    with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+        for path in folder.iterdir():
+            if path.name.isdigit():
+                with contextlib.suppress(OSError):
+                    os.kill(int(path.name), signal.SIGKILL)
 
 
 def _exit_code(error: Exception) -> str:
