@@ -136,7 +136,9 @@ def matrices(shape) -> set[tuple[int, ...]]:
 def test_the_formula_counts_what_the_program_multiplies(cfg, patterns, part):
     made = program(cfg, patterns, part)
     formula = flops.costs(cfg, made.trainable, part)
-    assert formula(ALL) == pytest.approx(hlo.total(made.dots), rel=0.02)
+    # Attention is computed again in the backward pass, which is not useful work.
+    again = flops.costs(cfg, [], part).pair * ALL.pairs
+    assert formula(ALL) + again == pytest.approx(hlo.total(made.dots), rel=0.02)
 
 
 def test_remat_computes_the_insides_of_blocks_a_second_time():

@@ -330,11 +330,12 @@ def apply_stack(blocks, step: Callable, carry, xs=None, *, remat: bool = False):
 def scan_blocks(body: Callable, carry, inputs, *, remat: bool):
     """jax.lax.scan over blocks; `remat` as in `apply_stack`.
 
-    Without it a gradient keeps the products of a block and computes what lies between
-    them (norms, activations, softmax) again, which takes half the memory and on a CPU is
-    faster than to write it and read it back.
+    Without it a gradient keeps what weights were multiplied into, and computes the rest
+    (norms, activations, attention) again. That takes half the memory, nothing that grows
+    with the square of a row, and on a CPU it is faster than writing and reading it.
     """
-    kept = None if remat else jax.checkpoint_policies.dots_saveable
+    policies = jax.checkpoint_policies
+    kept = None if remat else policies.dots_with_no_batch_dims_saveable
     # A scan's body is compiled for forward and for backward apart, so that there is no
     # common part whose sharing would have to be prevented.
     body = jax.checkpoint(body, prevent_cse=False, policy=kept)
