@@ -13,7 +13,7 @@ from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.minigpt4 import PRESETS
 from minigpt4_jax.step import Trainables, answer_loss, make_step, new_state
 from tests import batches, tiny
-from tests.training import TRAINABLE, config, random_patches
+from tests.training import config
 
 SHAPES = {name: checkpoint.parameter_shapes(PRESETS[name]) for name in PRESETS}
 
@@ -125,14 +125,19 @@ def some_batch(packed: bool) -> dict:
     examples = [batches.random_turns(i, (1 + i % 3, 1 + i % 4)) for i in range(8)]
     rows = [3, 0, 6, 1, 5, 2, 4, 2] if packed else None
     batch = batches.lay_out(examples, tokens=30, answers=16, rows=rows, num_rows=8)
-    return batch | {"patches_BPE": random_patches(8)}
+    cfg = tiny.CONFIG.qformer
+    queries_BQD = np.random.default_rng(0).standard_normal(
+        (8, cfg.num_queries, cfg.width), np.float32
+    )
+    return batch | {"queries_BQD": queries_BQD}
 
 
 def losses(mesh, data) -> list[float]:
     model = tiny.model()
     sharding.place(model, mesh)
     # One array of the decoder too, so that a trainable is split where the mesh can.
-    trainables = Trainables(model, [*TRAINABLE, "llama/blocks/mlp/up/kernel"])
+    patterns = ["projector/.*", "llama/blocks/mlp/up/kernel"]
+    trainables = Trainables(model, patterns)
     optimizer = optax.identity()  # a small program; test_train.py has AdamW on a mesh
     state = sharding.place_state(new_state(trainables.params, optimizer), mesh)
     step = make_step(trainables, answer_loss, optimizer, lambda step: 0.05)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from minigpt4_jax import optim
+from minigpt4_jax.data import rows
 from minigpt4_jax.data.images import preprocess, squash
 from minigpt4_jax.models.layers import BRANCHES, DTypes
 from minigpt4_jax.models.vit import normalise
@@ -39,8 +40,8 @@ def queries(count: int, seed: int = 0) -> np.ndarray:
     return parity.normal(seed, count, cfg.num_queries, cfg.width)
 
 
-def batch_of(examples=EXAMPLES, tokens=44, answers=22, rows=None, num_rows=3) -> dict:
-    laid_out = batches.lay_out(examples, tokens, answers, rows, num_rows)
+def batch_of(examples=EXAMPLES, tokens=44, answers=22, at=None, num_rows=3) -> dict:
+    laid_out = batches.lay_out(examples, tokens, answers, at, num_rows)
     return laid_out | {"queries_BQD": queries(len(examples))}
 
 
@@ -85,6 +86,17 @@ def assert_same(found, wanted, rtol: float = 1e-6):
 # Rows: what stands where does not matter.
 
 
+def test_data_lays_rows_out_as_these_tests_do():
+    plain = batches.lay_out(EXAMPLES, 44, 22)
+    pieces = [rows.encode(turns, 44, 22) for turns in EXAMPLES]
+    sizes = rows.RowSizes(rows=3, tokens=44, answers=22, padding=0.0)
+    fast = rows.lay_out(pieces, sizes, tiny.CONFIG.num_slots, packed=False)
+    del plain["ok_B"]  # the loader's
+    assert fast.keys() == plain.keys()
+    for name, array in fast.items():
+        np.testing.assert_array_equal(array, plain[name], err_msg=name)
+
+
 def test_padding_changes_neither_loss_nor_gradient(gradients):
     short = gradients(batch_of())
     assert short[1] == 3 + 6 + 5 + 2 + 4 + 1
@@ -96,14 +108,14 @@ def test_examples_packed_in_a_row_have_the_loss_and_gradient_of_rows_of_their_ow
     gradients,
 ):
     apart = gradients(batch_of())
-    for rows in ([0, 0, 1], [1, 0, 0], [2, 2, 2]):  # the rest is padding
-        packed = batch_of(rows=rows)
-        assert packed["segments_RT"].max() // BRANCHES == max(map(rows.count, rows))
+    for at in ([0, 0, 1], [1, 0, 0], [2, 2, 2]):  # the rest is padding
+        packed = batch_of(at=at)
+        assert packed["segments_RT"].max() // BRANCHES == max(map(at.count, at))
         assert_same(gradients(packed), apart)
 
 
 def test_attention_stays_inside_an_example(gradients):
-    packed = batch_of(rows=[0, 0, 1])
+    packed = batch_of(at=[0, 0, 1])
     second = packed["segments_RT"] // BRANCHES == 2
     text = second & (packed["slots_RT"] < 0)
     other = packed | {"ids_RT": np.where(text, 9, packed["ids_RT"])}
@@ -122,7 +134,7 @@ def test_captions_that_share_an_image_have_the_loss_of_examples_of_their_own(gra
 
 
 def test_an_example_that_could_not_be_read_has_no_part_in_loss_or_gradient(gradients):
-    batch = batch_of(rows=[0, 0, 1])
+    batch = batch_of(at=[0, 0, 1])
     batch["ok_B"] = np.array([1, 0, 1], np.float32)
     wanted = gradients(
         batch | {"loss_mask_RA": batch["loss_mask_RA"] * (batch["example_RA"] != 1)}
