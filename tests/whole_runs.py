@@ -69,16 +69,33 @@ def hurting(what: str) -> None:
         dying.PLACES[what](dying.kill).start()
 
 
-def one_of_two(process: int, port: int, path: Path, folder: Path) -> None:
-    """Process 0 or 1 of a run on one device each."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(f"localhost:{port}", 2, process)
-    cfg = training.config(
+def alone(path: Path, folder: Path) -> None:
+    """The run of `one_of_two` on one device of one process."""
+    assert train.train(_of_two(folder), path, devices=jax.devices()[:1])
+
+
+def one_of_two(
+    process: int, port: int, path: Path, folder: Path, ends: int | None = None
+) -> None:
+    """Process 0 or 1 of a run on one device each; SIGTERM comes to 1 in step `ends`."""
+    dying.join(port, process, devices=1)
+    look = train.Guard.look
+
+    def end(self, step, *args):
+        look(self, step, *args)
+        if process == 1 and step == ends:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(train.Guard, "look", end):
+        finished = train.train(_of_two(folder), path)
+    raise SystemExit(0 if finished else train.TERMINATED)
+
+
+def _of_two(folder: Path):
+    return training.config(
         folder / "frozen",
         optim__total_steps=TOTAL,
         save_every=EVERY,
         eval_every=4,
         loader__workers=0,
     )
-    raise SystemExit(0 if train.train(cfg, path) else train.TERMINATED)
