@@ -67,8 +67,11 @@ def bare(args, work: Path):
     mesh = sharding.make_mesh(**cfg.mesh)
     directory = locate.resolve(cfg.checkpoint)
     model = checkpoint.load_model(
-        directory, default_dtypes(None), mesh, absent=tuple(cfg.trainable)
+        *(directory, default_dtypes(cfg.dtype or None), mesh),
+        absent=tuple(cfg.trainable),
+        seed=cfg.seed,
     )
+    model.set_remat(cfg.remat == "block")
     trainables = Trainables(model, cfg.trainable)
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
@@ -79,7 +82,7 @@ def bare(args, work: Path):
     optimizer, rate = optim.make_optimizer(cfg.optim), optim.schedule(cfg.optim)
     step_fn = make_step(trainables, task.loss_fn, optimizer, rate)
     state = sharding.place_state(new_state(trainables.params, optimizer), mesh)
-    loader = task.loader(0)
+    loader = task.loader()
     batch = sharding.place_batch(next(loader), mesh)
     loader.close()
 

@@ -94,6 +94,7 @@ class Setup:
         # Its decoder's blocks lie apart, as the peer's weights are made from them.
         self.generator = Generator.load("demo", batch_size=1)
         self.tokenizer = self.generator.tokenizer
+        self.source = examples
         self.examples = [examples[i] for i in range(PHOTOS)]
         pixels = np.stack([squash(read_image(e.image), cfg.vit) for e in self.examples])
         encode = jax.jit(lambda x: self.model.encode_patches(normalise(x, cfg.vit)))
@@ -123,7 +124,7 @@ class Setup:
         """All captions of all photos, as stage 1 lays them out."""
         texts = pipeline.caption_texts(self.tokenizer, self.cfg.num_slots)
         made = pipeline.AnswerArrays(
-            [_Captions(self.examples)],
+            [self.source],
             texts,
             seed=0,
             num_slots=self.cfg.num_slots,
@@ -232,17 +233,6 @@ class Setup:
             for only in (False, True)
         }
         return found | {"ours, float32": self.ours(answer_loss, self.packed())}
-
-
-class _Captions:
-    def __init__(self, examples):
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def captions(self, index: int):
-        return self._examples[index].captions
 
 
 def all_logits(model, batch):

@@ -1,19 +1,29 @@
-r"""Stage 1 of MiniGPT-4 on Vicuna 7B: align the projector on captions, no prompt.
+r"""Stage 1 of MiniGPT-4: align the projector on captions, no prompt.
 
 python -m minigpt4_jax.train --config configs/stage1.py --workdir WORK/stage1 \
     --config.data.laion.path=LAION --config.data.cc_sbu.path=CC_SBU
 
-The numbers of the reference's train_configs/minigpt4_stage1_pretrain.yaml,
+The numbers of the reference's train_configs/minigpt4{,_llama2}_stage1_pretrain.yaml,
 its schedule, seed and decay kept, quirks included. Its time, not measured here: about
 10 hours on four A100 of 80 GB.
+
+Vicuna 7B; configs/stage1.py:13b is for Vicuna 13B, configs/stage1.py:llama2 for Llama-2.
 """
 
 from ml_collections import ConfigDict
 
+# Folders of `convert model --no-projector`, and what differs with the decoder.
+MODELS = {
+    "7b": dict(checkpoint="minigpt4-7b", tokens=64, remat="none"),
+    "13b": dict(checkpoint="minigpt4-13b", tokens=64, remat="block"),
+    "llama2": dict(checkpoint="minigpt4-llama2-7b", tokens=96, remat="none"),
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(model: str = "7b") -> ConfigDict:
+    chosen = MODELS[model]
     cfg = ConfigDict()
-    cfg.checkpoint = "minigpt4-7b"  # a folder of `convert model --no-projector`
+    cfg.checkpoint = chosen["checkpoint"]
     cfg.init = ""  # empty: a projector drawn at random
     cfg.trainable = (r"projector/.*",)  # all else is frozen
     cfg.loss = "captions"  # words | captions | dialogues | descriptions
@@ -31,11 +41,14 @@ def get_config() -> ConfigDict:
     )
     cfg.batch_size = 256  # examples a step, over all hosts: 64 on each of four GPUs
     cfg.row = dict(
-        tokens=64,  # most of an example: BOS, image, caption but its last token
+        tokens=chosen[
+            "tokens"
+        ],  # most of an example: BOS, image, caption but its last token
         answers=32,  # of them to be predicted
         packed=512,  # most tokens of a row that several examples share; 0: a row each
     )
-    # float16 keeps the Q-Former's outputs on disk, 49 kB an image.
+    # float16 keeps the Q-Former's outputs on disk, 49 kB an image; for Llama-2 the
+    # ViT's patches, 724 kB.
     cfg.cache = dict(dtype="", folder="")
     cfg.optim = dict(
         schedule="linear_warmup_cosine_lr",  # its cosine counts from step 0
@@ -54,7 +67,7 @@ def get_config() -> ConfigDict:
         accumulate=1,  # parts of a batch that are computed one after another
     )
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
-    cfg.remat = "none"  # block: recompute activations, for memory | none
+    cfg.remat = chosen["remat"]  # block: recompute activations, for memory | none
     cfg.loader = dict(workers=4, prefetch=2, limit_s=120, budget=0.01)
     cfg.keep = dict(last=2, every=5000)  # checkpoints: the newest, and every so many
     cfg.guard = dict(skipped=10)  # steps in a row that are not finite: stop

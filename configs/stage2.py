@@ -1,21 +1,31 @@
-r"""Stage 2 of MiniGPT-4 on Vicuna 7B: describe in detail, in the chat's own words.
+r"""Stage 2 of MiniGPT-4: describe in detail, in the chat's own words.
 
 python -m minigpt4_jax.train --config configs/stage2.py --workdir WORK/stage2 \
     --config.data.cc_sbu_align.path=CC_SBU_ALIGN --config.init=WORK/stage1
 
-The numbers of the reference's train_configs/minigpt4_stage2_finetune.yaml,
+The numbers of the reference's train_configs/minigpt4{,_llama2}_stage2_finetune.yaml,
 its schedule, seed and decay kept, quirks included. Its time, not measured here: about
 7 minutes for 400 steps on one A100 of 80 GB. 400 is what the paper says, the config has
 1,000 (5 epochs of 200); WORK/stage2@400 is kept. Which one was
 published is not known.
+
+Vicuna 7B; configs/stage2.py:13b is for Vicuna 13B, configs/stage2.py:llama2 for Llama-2.
 """
 
 from ml_collections import ConfigDict
 
+# Folders of `convert model --no-projector`, and what differs with the decoder.
+MODELS = {
+    "7b": dict(checkpoint="minigpt4-7b", tokens=219, remat="none"),
+    "13b": dict(checkpoint="minigpt4-13b", tokens=219, remat="block"),
+    "llama2": dict(checkpoint="minigpt4-llama2-7b", tokens=250, remat="none"),
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(model: str = "7b") -> ConfigDict:
+    chosen = MODELS[model]
     cfg = ConfigDict()
-    cfg.checkpoint = "minigpt4-7b"  # a folder of `convert model --no-projector`
+    cfg.checkpoint = chosen["checkpoint"]
     cfg.init = ""  # stage 1: a work directory, a converted model, or a .pth; required
     cfg.trainable = (r"projector/.*",)  # all else is frozen
     cfg.loss = "descriptions"  # words | captions | dialogues | descriptions
@@ -32,11 +42,14 @@ def get_config() -> ConfigDict:
     )
     cfg.batch_size = 12  # examples a step, over all hosts
     cfg.row = dict(
-        tokens=219,  # most of an example: BOS, prompt, image, answer but its last token
+        tokens=chosen[
+            "tokens"
+        ],  # most of an example: BOS, prompt, image, answer but its last token
         answers=160,  # of them to be predicted
         packed=512,  # most tokens of a row that several examples share; 0: a row each
     )
-    # float16 keeps the Q-Former's outputs on disk, 49 kB an image.
+    # float16 keeps the Q-Former's outputs on disk, 49 kB an image; for Llama-2 the
+    # ViT's patches, 724 kB.
     cfg.cache = dict(dtype="", folder="")
     cfg.optim = dict(
         schedule="linear_warmup_cosine_lr",  # its cosine counts from step 0
@@ -55,7 +68,7 @@ def get_config() -> ConfigDict:
         accumulate=1,  # parts of a batch that are computed one after another
     )
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
-    cfg.remat = "none"  # block: recompute activations, for memory | none
+    cfg.remat = chosen["remat"]  # block: recompute activations, for memory | none
     cfg.loader = dict(workers=4, prefetch=2, limit_s=120, budget=0.01)
     cfg.keep = dict(last=2, every=200)  # checkpoints: the newest, and every so many
     cfg.guard = dict(skipped=10)  # steps in a row that are not finite: stop

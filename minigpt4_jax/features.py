@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from minigpt4_jax import sharding
+from minigpt4_jax import sharding, storage
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.sources import Examples
 from minigpt4_jax.errors import ConfigError, DataError, InputError
@@ -50,6 +49,7 @@ def make(
     model: MiniGPT4,
     part: str,
     dtype: str,
+    towers: str,
     examples: Examples,
     folder: Path,
     mesh: jax.sharding.Mesh,
@@ -62,13 +62,16 @@ def make(
 
     Args:
         dtype: float32 as computed, or a half of the disk: float16, bfloat16 (rounded).
+        towers: their `towers_digest`; one for all data sets, as it reads every weight.
 
     Raises:
-        ConfigError: no room, or several processes would have to make it.
+        CheckpointError: no room.
+        ConfigError: several processes would have to make it.
         DataError: features that are not finite in `dtype`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / f"{part}-{_key(model, part, dtype, examples)}.npy"
+    key = _key(model.cfg, part, dtype, towers, examples.digest)
+    done = folder / f"{part}-{key}.npy"
     with _alone(folder):
         if not done.exists():
             if jax.process_count() > 1:
@@ -92,7 +95,10 @@ def _extract(
         shape = (len(examples), cfg.vit.num_patches, cfg.vit.width)
     start = _count(count) if partial.exists() else 0
     if not start:
-        _check_room(done, int(np.prod(shape)) * dtype.itemsize)
+        need = int(np.prod(shape)) * dtype.itemsize
+        storage.check_room(
+            done, need, "name another cache.folder, or set cache.dtype=''"
+        )
     stored = np.dtype(np.uint16) if dtype.kind == "V" else dtype  # bfloat16: its bits
     out = np.lib.format.open_memmap(
         partial, "r+" if start else "w+", dtype=stored, shape=shape
@@ -124,16 +130,6 @@ def _extract(
     logger.info(
         "%s of %d photos, %d of them unreadable: %s", part, len(examples), bad, done
     )
-
-
-def _check_room(path: Path, need: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < need:
-        raise ConfigError(
-            f"config.cache: features take {need / 1e9:.2f} GB and {path.parent} has "
-            f"{free / 1e9:.2f} GB free; name another cache.folder, or set "
-            "cache.dtype='' to train from the images"
-        )
 
 
 @contextlib.contextmanager
@@ -184,17 +180,21 @@ def _write_count(path: Path, count: int) -> None:
     os.replace(new, path)
 
 
-def _key(model: MiniGPT4, part: str, dtype: str, examples: Examples) -> str:
-    """Hash of all that the features depend on."""
-    values = model.cfg.to_dict()
+def towers_digest(model: MiniGPT4, part: str) -> str:
+    """Hash of the frozen weights that make `part`."""
     towers = [model.vit, model.ln_vision]
     if part == "queries":
         towers.append(model.qformer)
     digest = hashlib.sha256()
-    facts = [part, dtype, values["vit"], part == "queries" and values["qformer"]]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
     for tower in towers:
         for leaf in jax.tree.leaves(nnx.state(tower)):
             digest.update(np.ascontiguousarray(sharding.fetch(leaf)).tobytes())
-    digest.update(examples.digest.encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def _key(cfg: MiniGPT4Config, part: str, dtype: str, towers: str, data: str) -> str:
+    """Hash of all that the features depend on."""
+    values = cfg.to_dict()
+    own = [values["vit"], part == "queries" and values["qformer"]]
+    facts = json.dumps([part, dtype, own, towers, data], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]

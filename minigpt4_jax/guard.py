@@ -65,11 +65,7 @@ class Guard:
         if len(list(self.folder.glob(f"*-{process}.npz"))) >= KEEP:
             return None
         arrays = {
-            f"{i}/{name}": np.concatenate(
-                [np.asarray(shard.data) for shard in value.addressable_shards]
-                if not value.is_fully_addressable
-                else [np.asarray(value)]
-            )
+            f"{i}/{name}": _own_part(value)
             for i, batch in enumerate(batches)
             for name, value in batch.items()
         }
@@ -80,3 +76,18 @@ class Guard:
             logger.warning("the batch of step %d cannot be kept: %s", step + 1, error)
             return None
         return path
+
+
+def _own_part(x: jax.Array) -> np.ndarray:
+    """What this process gave of an array that is whole, or split along its first axis.
+
+    float32 for bfloat16, which numpy cannot store.
+    """
+    parts = {
+        s.index[0].start or 0 if s.index else 0: s.data for s in x.addressable_shards
+    }
+    rows = [
+        np.asarray(parts[start]) for start in sorted(parts)
+    ]  # replicas fall together
+    own = np.concatenate(rows) if x.ndim else rows[0]
+    return own.astype(np.float32) if own.dtype.kind == "V" else own

@@ -9,6 +9,7 @@ import logging
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ PICKLES = (".pth", ".pt", ".bin")
 
 
 def begin(
-    params: Mapping[str, jax.Array], init: str, directory: Path, workdir: Path
+    params: Mapping[str, jax.Array], init: str, directory: Path
 ) -> dict[str, jax.Array]:
     """The trainables of `init`, no more and no fewer than `params`, in their places.
 
@@ -32,18 +33,13 @@ def begin(
 
     Args:
         directory: the converted directory with what is frozen.
-        workdir: where what a .pth holds is written.
 
     Raises:
         CheckpointError: it cannot be read, or lists what is absent, unknown or misshapen.
     """
-    path = Path(init).expanduser()
-    if path.suffix in PICKLES:
-        path = _converted(path, directory, workdir)
-    else:
-        path = checkpoint.resolve(init)
+    wanted = {name: x.shape for name, x in params.items()}
     try:
-        found = checkpoint.read_arrays(path, {k: x.shape for k, x in params.items()})
+        found = _read(init, wanted, directory)
     except CheckpointError as error:
         raise CheckpointError(
             f"config.init: want exactly what config.trainable names. {error}"
@@ -55,9 +51,17 @@ def begin(
     }
 
 
-def _converted(path: Path, directory: Path, workdir: Path) -> Path:
-    out = workdir / "init.safetensors"
-    out.unlink(missing_ok=True)  # of a start that did not come far
+def _read(init: str, wanted: Mapping[str, tuple[int, ...]], directory: Path):
+    path = Path(init).expanduser()
+    if path.suffix not in PICKLES:
+        return checkpoint.read_arrays(checkpoint.resolve(init), wanted)
+    with tempfile.TemporaryDirectory() as folder:  # each process has its own
+        out = Path(folder) / "init.safetensors"
+        _convert(path, directory, out)
+        return checkpoint.read_arrays(out, wanted)
+
+
+def _convert(path: Path, directory: Path, out: Path) -> None:
     # A process of its own: the package neither imports the converter nor needs torch.
     command = [sys.executable, "-m", "convert", "trainables", str(path.absolute())]
     command += [f"--checkpoint={directory.absolute()}", f"--out={out}"]
@@ -66,7 +70,6 @@ def _converted(path: Path, directory: Path, workdir: Path) -> Path:
     if done.returncode:
         said = re.split(r"\w+Error: ", done.stderr.strip())[-1] or "no message"
         raise CheckpointError(
-            f"config.init: {path} cannot be read; .pth files need a clone of the "
-            f"repository and its `convert` extra. The converter says: {said}"
+            f"{path} cannot be read; .pth files need a clone of the repository and its "
+            f"`convert` extra. The converter says: {said}"
         )
-    return out

@@ -18,6 +18,7 @@ FORMAT = 1  # of every JSON and safetensors file that we write
 INDEX = "model.safetensors.index.json"
 TRAINABLES = "trainables.safetensors"
 CHECKPOINTS = "checkpoints"  # folder in a work directory; in it a folder for each step
+RUN_ADVICE = "restore it from a copy, or begin in a new --workdir"
 ASSETS = Path(__file__).parent / "assets/demo"
 DEMO, FROZEN = "demo", "demo-frozen"
 COMMANDS = {
@@ -64,7 +65,7 @@ def base_directory(path: str | Path) -> Path:
             "makes another"
         )
     if not (path / "preset.json").exists() and (path / "config.json").exists():
-        run = read_json(path / "config.json")
+        run = read_json(path / "config.json", RUN_ADVICE)
         if "checkpoint" in run:
             return base_directory(_found_again(Path(str(run["checkpoint"])), path))
     return path
@@ -171,20 +172,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the format we know, without its `format` key."""
+def read_json(path: Path, advice: str = "convert it again") -> dict[str, Any]:
+    """A JSON object of the format we know, without its `format` key.
+
+    Raises CheckpointError, which says what to do (`advice`) where it is damaged.
+    """
     try:
         values = json.loads(path.read_text())
         found = values.pop("format")
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path.parent} is not a complete model directory: {path.name} is absent; "
-            "convert it again"
+            f"{path.parent} is not complete: {path.name} is absent; {advice}"
         ) from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}); convert it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({error!r}); {advice}") from error
     check_format(path, found)
     return values
 

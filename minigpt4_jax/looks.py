@@ -38,7 +38,9 @@ class Looks:
 
     def losses(self, params: dict) -> dict[str, float]:
         """val_loss over always the same batches; val_loss_exchanged with their images
-        exchanged, where a batch has several."""
+        exchanged, where a batch has several; {} without val."""
+        if not self.batches:
+            return {}
         found = {"val_loss": self._mean(params, self.batches)}
         if self.exchanged:
             found["val_loss_exchanged"] = self._mean(params, self.exchanged)

@@ -33,7 +33,7 @@ def schedule(cfg) -> optax.Schedule:
             decay_steps=total,
             end_value=end,
         )
-    start = cfg.warmup_lr if cfg.warmup_lr >= 0 else peak
+    start = cfg.warmup_lr
 
     def warmup(step):
         share = step % cfg.epoch_steps / max(cfg.warmup_steps, 1)

@@ -357,6 +357,6 @@ def _write_small(image: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     small = Image.fromarray(read_image(image))
     small.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-    part = path.with_name(f".{path.name}.{os.getpid()}")  # each host may write it
+    part = path.with_name(f".{path.name}.part")
     small.save(part, "jpeg", quality=80)
     os.replace(part, path)

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from minigpt4_jax import errors
+from minigpt4_jax import errors, locate
 from minigpt4_jax.curves import Series, chart, number, smooth
 from minigpt4_jax.diagnosis import AFTER, diagnose
 from minigpt4_jax.run_config import flat
@@ -114,11 +114,8 @@ the same command again takes in what is new.</footer>
 
 def read_run(path: Path) -> dict:
     """config.json; CheckpointError when it is damaged."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise errors.CheckpointError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+    run = locate.read_json(path, locate.RUN_ADVICE)
+    if not isinstance(run.get("config"), dict):
         raise errors.CheckpointError(f"{path}: has no config; was it written by train?")
     return run
 

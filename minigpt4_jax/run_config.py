@@ -5,6 +5,7 @@ command line; this refuses one in a config file, and numbers that cannot work to
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from minigpt4_jax.errors import ConfigError, unknown
@@ -120,7 +121,7 @@ def check(cfg) -> None:
     ):
         if value not in known:
             raise ConfigError(unknown(f"config.{name}", value, known))
-    for holds, text in (*_holds(cfg), *_optim_holds(cfg.optim)):
+    for holds, text in chain(_optim_holds(cfg.optim), _holds(cfg)):
         if not holds:
             raise ConfigError(f"config: got {text}")
 
@@ -223,6 +224,11 @@ def _holds(cfg):
     )
     for name in ("log_every", "save_every", "eval_every"):
         yield cfg[name] >= 1, f"{name}={cfg[name]}; want at least 1 step"
+    yield (
+        cfg.keep.every % cfg.save_every == 0,
+        f"keep.every={cfg.keep.every}, save_every={cfg.save_every}; only what is saved "
+        "can be kept: want a multiple, or 0",
+    )
     for name, value, least in (
         ("loader.prefetch", cfg.loader.prefetch, 1),
         ("loader.limit_s", cfg.loader.limit_s, 1),

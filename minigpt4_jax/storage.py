@@ -99,14 +99,15 @@ def save_directory(
         _write(folder / "manifest.json", _json(written))
 
 
-def check_room(path: Path, need: int) -> None:
+def check_room(
+    path: Path, need: int, advice: str = "make room or name another place"
+) -> None:
     """Raise CheckpointError unless `need` bytes fit beside `path`; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < need + 2**20:
         raise CheckpointError(
-            f"{path}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
-            "room or name another place"
+            f"{path}: needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}"
         )
 
 

@@ -11,8 +11,7 @@ class Stream:
     """Steps of `accumulate` placed batches each, and what a meter counts of them.
 
     Attributes:
-        position: of the loader after the batches that were given out last.
-        bad: examples so far whose image was unreadable, in this process.
+        position: state of the loader after the batches that were given out last.
     """
 
     def __init__(
@@ -24,7 +23,6 @@ class Stream:
         self._hosts = sharding.host_part(mesh)[1]
         self._next: tuple | None = None
         self.position = loader.get_state()
-        self.bad = 0
 
     def prepare(self) -> None:
         """Fetch and place the batches of the next step, unless that is done already or
@@ -48,7 +46,6 @@ class Stream:
         assert self._next is not None, "a step after the loader's end"
         placed, batches, waited, self.position = self._next
         self._next = None
-        self.bad += sum(int((b["ok_B"] == 0).sum()) for b in batches)
         names = ("examples", "answer_tokens", "tokens", "flops")
         counts = dict.fromkeys(names, 0)
         for batch in batches:
@@ -62,6 +59,11 @@ class Stream:
         return placed, {k: n * self._hosts for k, n in counts.items()} | {
             "waited": waited
         }
+
+    @property
+    def bad(self) -> int:
+        """Examples so far whose image was unreadable, in this process."""
+        return sum(self.position["bad"].values())
 
     def close(self) -> None:
         self._loader.close()

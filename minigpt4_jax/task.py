@@ -31,6 +31,7 @@ from minigpt4_jax.engine import Prepared
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.models.vit import ViTConfig
 from minigpt4_jax.request import GREEDY, Request, user
 from minigpt4_jax.step import answer_loss, word_loss
 
@@ -46,7 +47,7 @@ class Task:
     """What a run trains.
 
     loss_fn: (model, batch) -> (sum of losses, their number).
-    loader: start -> the loader of the run's batches, `optim.accumulate` a step.
+    loader: a new loader of the run's batches, `optim.accumulate` a step.
     val_batches: always the same ones, as numpy arrays; [] without val.
     photos: what samples are asked about, of val if there is one.
     part: what a batch has of its images (features.frozen_part).
@@ -56,7 +57,7 @@ class Task:
     """
 
     loss_fn: Callable
-    loader: Callable[[int], Loader]
+    loader: Callable[[], Loader]
     val_batches: list[dict]
     photos: list[Example]
     part: str
@@ -93,9 +94,8 @@ def make_task(
     """
     part = features.frozen_part(model.cfg, trainable)
     folder = Path(cfg.cache.folder).expanduser() if cfg.cache.folder else None
-    images = partial(
-        _images, cfg.cache.dtype, model, part, folder or workdir / "features", mesh
-    )
+    folder = folder or workdir / "features"
+    images = _images(cfg.cache.dtype, model, part, folder, mesh)
     size, host = cfg.batch_size // cfg.optim.accumulate, sharding.host_part(mesh)
     weights = [source.weight for source in cfg.data.values()]
     plan = Plan([len(found) for found in sources], weights, cfg.seed, size)
@@ -106,12 +106,11 @@ def make_task(
         logger.info("packed: %s", make.sizes)
     of_images = images(sources)
 
-    def loader(start: int) -> Loader:
+    def loader() -> Loader:
         return Loader(
             sources,
             plan,
             make,
-            start=start * cfg.optim.accumulate,
             stop=cfg.optim.total_steps * cfg.optim.accumulate,
             part=host,
             **of_images,
@@ -192,20 +191,32 @@ def make_texts(cfg, model_cfg, tokenizer: Tokenizer) -> Texts:
 
 
 def _images(
-    dtype: str, model: MiniGPT4, part: str, folder: Path, mesh, sources
-) -> dict:
-    """How a Loader gets its images: from the photos, or from what is kept of them."""
+    dtype: str, model: MiniGPT4, part: str, folder: Path, mesh
+) -> Callable[[Sequence[Examples]], dict]:
+    """sources -> how a Loader gets their images: from the photos, or from what is kept."""
     if not dtype:
-        read = ReadPixels(sources, model.cfg.vit)
-        return dict(read=read, image="pixels_BHWC", blank=read.blank)
+        return partial(_photos, model.cfg.vit)
     if part == "pixels":
         raise ConfigError(
             f"config.cache.dtype={dtype!r}: the ViT is trained, so that nothing it makes "
             "can be kept; set cache.dtype=''"
         )
-    files = [features.make(model, part, dtype, s, folder, mesh) for s in sources]
-    stored = FeatureFiles(files, np.dtype(getattr(jnp, dtype)))
-    return dict(read=stored, image=ARRAYS[part], blank=stored.blank)
+    towers = features.towers_digest(model, part)
+
+    def kept(sources: Sequence[Examples]) -> dict:
+        files = [
+            features.make(model, part, dtype, towers, examples, folder, mesh)
+            for examples in sources
+        ]
+        read = FeatureFiles(files, np.dtype(getattr(jnp, dtype)))
+        return dict(read=read, image=ARRAYS[part], blank=read.blank)
+
+    return kept
+
+
+def _photos(rules: ViTConfig, sources: Sequence[Examples]) -> dict:
+    read = ReadPixels(sources, rules)
+    return dict(read=read, image="pixels_BHWC", blank=read.blank)
 
 
 def sample(model: MiniGPT4, tokenizer: Tokenizer, task: Task) -> list[str]:
@@ -232,5 +243,5 @@ def sample(model: MiniGPT4, tokenizer: Tokenizer, task: Task) -> list[str]:
     ]
     answers = [""] * len(asked)
     for event in generator.submit(asked):
-        answers[int(event.request_id)] += event.piece
+        answers[int(event.request_id)] += event.error or event.piece
     return answers

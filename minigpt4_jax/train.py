@@ -59,25 +59,29 @@ def train(cfg, workdir: Path, devices=None) -> bool:
     run_config.check(cfg)
     run_config.check_given(cfg)
     mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
-    accumulate, total = cfg.optim.accumulate, cfg.optim.total_steps
-    sharding.check_batch(cfg.batch_size // accumulate, mesh)
+    sharding.check_batch(cfg.batch_size // cfg.optim.accumulate, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
-    paths = checkpoint.parameter_shapes(checkpoint.read_config(directory))
-    optim.select(paths, cfg.trainable)  # a pattern that hits nothing raises
+    shapes = checkpoint.parameter_shapes(checkpoint.read_config(directory))
+    optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
 
     # Data, before the model: a wrong path should not cost a load.
-    sources = {name: open_data(s.path) for name, s in cfg.data.items()}
-    val = open_data(cfg.val) if cfg.val else None
-    for name, found in (*sources.items(), *([("val", val)] if val else [])):
+    paths = {f"data.{name}": source.path for name, source in cfg.data.items()}
+    budget = cfg.loader.budget
+    sources = {name: open_data(path, budget=budget) for name, path in paths.items()}
+    val = {"val": open_data(cfg.val, budget=budget)} if cfg.val else {}
+    for name, found in (sources | val).items():
         logger.info("%s: %d examples, left out: %s", name, len(found), found.left_out())
-    digests = {name: found.digest for name, found in sources.items()}
+    digests = {name: found.digest for name, found in (sources | val).items()}
     notes = {"differs_from_reference": run_config.reference_differences(cfg)}
-    run = WorkDir(workdir, cfg, directory, data=digests, notes=notes)
-    if run.step == total:
-        logger.info("%s is at step %d of %d already", run.path, run.step, total)
-        run.close()
-        return True
+    with contextlib.closing(WorkDir(workdir, cfg, directory, digests, notes)) as run:
+        if run.step == cfg.optim.total_steps:
+            logger.info("%s is at step %d, its last, already", run.path, run.step)
+        else:
+            _train(cfg, run, mesh, directory, list(sources.values()), val.get("val"))
+    return run.step == cfg.optim.total_steps
 
+
+def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
     # Model: the frozen weights in their places, and what is trained.
     dtypes = default_dtypes(cfg.dtype or None)
     model = checkpoint.load_model(
@@ -86,42 +90,40 @@ def train(cfg, workdir: Path, devices=None) -> bool:
     model.set_remat(cfg.remat == "block")
     trainables = Trainables(model, cfg.trainable)
     trainables.log()
+    paths = list(trainables.params)
     if cfg.init and not run.step:
-        trainables.params = initial.begin(
-            trainables.params, cfg.init, directory, run.path
-        )
+        trainables.params = initial.begin(trainables.params, cfg.init, directory)
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )
-    found = list(sources.values())
-    task = make_task(
-        *(cfg, model, list(trainables.params), tokenizer),
-        *(found, val, mesh, run.path),
-    )
+    task = make_task(cfg, model, paths, tokenizer, sources, val, mesh, run.path)
 
     # Optimizer.
     optimizer, rate = optim.make_optimizer(cfg.optim), optim.schedule(cfg.optim)
     state = sharding.place_state(new_state(trainables.params, optimizer), mesh)
+    step_fn = make_step(trainables, task.loss_fn, optimizer, rate, cfg.optim.accumulate)
 
     # Restore.
-    start = run.step
+    start, total = run.step, cfg.optim.total_steps
     state = run.restore(state)
 
     # Loop.
-    step_fn = make_step(trainables, task.loss_fn, optimizer, rate, accumulate)
     work = task.prompt is not None  # the warm start leaves the decoder out
-    costs = flops.costs(model.cfg, trainables.params, task.part) if work else None
-    stream = Stream(task.loader(start), mesh, accumulate, costs)
+    costs = flops.costs(model.cfg, paths, task.part) if work else None
     looks = Looks(trainables, task, tokenizer, mesh, cfg.optim.warmup_steps)
     meter = Meter(peak_flops=flops.peak(mesh.devices.flat), devices=jax.local_devices())
-    main_process = jax.process_index() == 0
-    board = Board(run.path, step=start, config=cfg.to_dict(), active=main_process)
+    shown = dict(step=start, active=jax.process_index() == 0)
     guard = Guard(run.path / "skipped", cfg.guard.skipped)
-    with (
-        terminated() as stop,
-        Bar(total, step=start, active=main_process) as bar,
-        contextlib.closing(stream),
-    ):
+    with contextlib.ExitStack() as ends:
+        loader = task.loader()
+        if run.position is not None:
+            loader.set_state(run.position)
+        stream = Stream(loader, mesh, cfg.optim.accumulate, costs)
+        ends.enter_context(contextlib.closing(stream))
+        board = Board(run.path, config=cfg.to_dict(), **shown)
+        ends.enter_context(contextlib.closing(board))
+        bar = ends.enter_context(Bar(total, **shown))
+        stop = ends.enter_context(terminated())
         for step in range(start, total):
             batches, counts = stream.step()
             state, metrics = step_fn(state, trainables.frozen, batches)
@@ -134,7 +136,7 @@ def train(cfg, workdir: Path, devices=None) -> bool:
                 record = {k: float(v) for k, v in metrics.items() if k != "finite"}
                 record |= meter.read() | {"skipped": int(state["skipped"])}
                 record |= {"bad_examples": stream.bad}
-            if val is not None and (done % cfg.eval_every == 0 or done == total):
+            if done % cfg.eval_every == 0 or done == total:
                 with meter.paused():
                     record |= looks.losses(state["params"])
                     run.log_samples(done, looks.samples(state["params"], run.path))
@@ -148,12 +150,8 @@ def train(cfg, workdir: Path, devices=None) -> bool:
                     run.save(done, state, stream.position)
             if last:
                 break
-
-    # Finish.
-    guard.check()
-    run.close()
-    board.close()
-    return run.step == total
+        guard.check()
+        run.wait()  # before the boards, which may wait for a network
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ checkpoints/            config.keep's checkpoints, each as kept.py says
 trainables.safetensors  the newest trainables; what Generator.load reads
 """
 
+import fcntl
 import filecmp
 import importlib.metadata
 import json
@@ -28,11 +29,6 @@ from minigpt4_jax import kept, locate, run_config, sharding, storage
 from minigpt4_jax.errors import CheckpointError, ConfigError
 from minigpt4_jax.lines import Lines
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -48,7 +44,7 @@ def saved_config(path: Path) -> ConfigDict:
         raise CheckpointError(
             f"{path}: no run is there to go on; want --config to begin one"
         )
-    run = locate.read_json(path / "config.json")
+    run = locate.read_json(path / "config.json", locate.RUN_ADVICE)
     if "config" not in run:
         raise CheckpointError(f"{path}/config.json: `config` is absent; want --config")
     return ConfigDict(_with_tuples(run["config"])).lock()
@@ -273,12 +269,12 @@ class WorkDir:
         return self.path / locate.CHECKPOINTS / str(step)
 
     def _refuse_another(self, new: dict) -> None:
-        old = locate.read_json(self.path / "config.json")
+        old = locate.read_json(self.path / "config.json", locate.RUN_ADVICE)
         found = run_config.differences(old.get("config", {}), new["config"])
         changed = _changed(old.get("frozen", {}), new["frozen"])
         found += [f"{name} of {new['checkpoint']}" for name in changed]
         changed = _changed(old.get("data", {}), new["data"])
-        found += [f"data.{name}: other examples than then" for name in changed]
+        found += [f"{name}: other examples than then" for name in changed]
         if found:
             listed = "\n  ".join(found)
             raise ConfigError(
@@ -337,8 +333,6 @@ def _any(here: bool) -> bool:
 
 def _lock(path: Path):
     """An open file that no other process holds; it is free again when that one ends."""
-    if fcntl is None:
-        return None
     file = open(path, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

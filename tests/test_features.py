@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax import features
+from minigpt4_jax import features, storage
 from minigpt4_jax.data.feature_files import FeatureFiles
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.sources import open_data
-from minigpt4_jax.errors import ConfigError, DataError, InputError
+from minigpt4_jax.errors import CheckpointError, DataError, InputError
 from minigpt4_jax.models.vit import normalise
 from tests import tiny
 from tests.training import one_device, write_shard
@@ -51,7 +51,8 @@ def seen(monkeypatch):
 
 
 def made(model, photos, folder, part="patches", dtype="float16") -> FeatureFiles:
-    path = features.make(model, part, dtype, photos, folder, one_device())
+    towers = features.towers_digest(model, part)
+    path = features.make(model, part, dtype, towers, photos, folder, one_device())
     return FeatureFiles([path], np.dtype(getattr(jnp, dtype)))
 
 
@@ -212,7 +213,7 @@ def test_a_disk_without_room_is_told_before_anything_is_made(
     model, photos, tmp_path, monkeypatch, seen
 ):
     usage = types.SimpleNamespace(free=1000)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match="0.00 GB free; name another cache.folder"):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match="0.00 GB are free; name another cache"):
         made(model, photos, tmp_path / "f")
     assert not seen and not list((tmp_path / "f").iterdir())

@@ -1,10 +1,13 @@
 """Skipped steps are told, kept for inspection, and end the run when they go on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from minigpt4_jax import guard
+from minigpt4_jax import guard, sharding
 from minigpt4_jax.errors import DataError
 
 
@@ -57,3 +60,17 @@ def test_only_so_many_batches_are_kept_and_a_full_disk_does_not_stop_it(
     other.look(0, metrics(False), batches(0))
     other.check()
     assert "cannot be kept: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize("axes", [P(("data",)), P()])
+def test_replicas_of_a_batch_are_kept_once(tmp_path, axes):
+    mesh = sharding.make_mesh(data=4, tensor=2)
+    ids_RT = np.arange(24).reshape(8, 3)
+    features = jax.device_put(ids_RT.astype(jnp.bfloat16), NamedSharding(mesh, axes))
+    batch = {"ids_RT": jax.device_put(ids_RT, NamedSharding(mesh, axes))}
+    watched = guard.Guard(tmp_path, limit=9)
+    watched.look(0, metrics(False), [batch | {"patches_BPE": features}])
+    watched.check()
+    (kept,) = tmp_path.iterdir()
+    for name in ("0/ids_RT", "0/patches_BPE"):
+        np.testing.assert_array_equal(np.load(kept)[name], ids_RT)

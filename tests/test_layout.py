@@ -71,7 +71,7 @@ ROOMS = (
     ),
     (r"minigpt4_jax/data/(contact_sheet|scan)", {"PIL", "numpy"}, rf"{ERRORS}|{DATA}"),
     (
-        r"minigpt4_jax/data/(build|check|token_counts)",  # with a bar
+        r"minigpt4_jax/data/(build|check|pipeline|token_counts)",  # with a bar
         {"numpy", "tqdm"},
         rf"{ERRORS}|{DATA}|minigpt4_jax(\.locate)?",
     ),
@@ -97,7 +97,7 @@ ROOMS = (
     (
         r"minigpt4_jax/features",
         {*NET, "numpy", "tqdm"},
-        rf"{ERRORS}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|locate|sharding)",
+        rf"{ERRORS}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\.(sharding|storage)",
     ),
     (
         r"minigpt4_jax/step",

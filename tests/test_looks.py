@@ -21,15 +21,19 @@ def make(loss_fn, batches, **task) -> looks.Looks:
 
 def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
     def loss_fn(model, batch):
-        return batch["nll_B"].sum(), batch["count_B"].sum()
+        nll_B = batch["nll_B"] * batch["queries_BQD"][:, 0, 0]
+        return nll_B.sum(), batch["count_B"].sum()
 
     batches = [
         {"nll_B": np.array([6.0, 0.0]), "count_B": np.array([2.0, 0.0])},
         {"nll_B": np.array([1.0, 1.0]), "count_B": np.array([1.0, 5.0])},
     ]
-    batches = [batch | {"ok_B": np.ones(2)} for batch in batches]
+    # The second photo makes its row twice as hard.
+    images = {"queries_BQD": np.array([1.0, 2.0])[:, None, None], "ok_B": np.ones(2)}
+    batches = [batch | images for batch in batches]
     found = make(loss_fn, batches).losses({"model": 0})
-    assert found == {"val_loss": 1.0, "val_loss_exchanged": 1.0}  # 8 nats, 8 tokens
+    own, exchanged = 6 * 1 + 1 * 1 + 1 * 2, 6 * 2 + 1 * 2 + 1 * 1  # nats of 8 tokens
+    assert found == {"val_loss": own / 8, "val_loss_exchanged": exchanged / 8}
 
 
 def test_exchanged_images_belong_to_another_example_and_nothing_else_moves():

@@ -87,14 +87,6 @@ def test_a_large_source_is_shuffled_without_a_list_of_it():
     assert 0.45e9 < examples.mean() < 0.55e9
 
 
-def test_a_plan_knows_how_far_nothing_comes_twice():
-    plan = Plan([14, 5], [2, 1], seed=5, batch_size=4)  # 5 blocks of 3: 15 examples
-    assert plan.steps_without_repeats() == 3
-    shown = every(plan, 3)
-    assert {epoch for _, epoch, _ in shown} == {0}
-    assert Plan([3], [7], 0, 4).steps_without_repeats() == 0
-
-
 def test_a_source_without_examples_is_refused():
     with pytest.raises(DataError, match="no example"):
         Plan([3, 0], [1, 1], seed=0, batch_size=2)

@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
 def write(workdir: Path, records=(), samples=(), run=RUN) -> Path:
     workdir.mkdir(exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(run))
+    (workdir / "config.json").write_text(json.dumps({"format": 1, **run}))
     for name, lines in (("metrics.jsonl", records), ("samples.jsonl", samples)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if text:
@@ -232,10 +232,11 @@ def test_half_a_character_does_not_keep_the_page_from_being_written(tmp_path):
 def test_what_is_no_run_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(InputError, match="has no config.json; want the --workdir of a"):
         report.page(tmp_path)
-    for text in ("{", "[]", '{"config": 3}'):
+    for text in ("{", "[]", '{"format": 1, "config": 3}', '{"config": {}}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(
-            CheckpointError, match="config.json: (is not|has no config)"
+            CheckpointError,
+            match="config.json(: has no config| is damaged .*new --workdir)",
         ):
             report.page(tmp_path)
     with pytest.raises(InputError, match="one work directory, got 0"):

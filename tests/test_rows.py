@@ -74,6 +74,12 @@ def test_the_first_answer_is_cut_where_the_tokens_or_the_answers_end(tokens, ans
     assert piece.tokens_4T[0].tolist() == [1, 9, 9, 22, 50]
 
 
+def test_an_example_has_no_more_turns_than_there_are_branches():
+    piece = rows.encode(300 * TURNS[:1], tokens=2000, answers=2000)
+    assert piece.tokens_4T[1].max() == BRANCHES - 1
+    assert len(piece.answers_2A[0]) == 3 * (BRANCHES - 1)
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused():
     for tokens in (4, 3):  # the shared part fits into 3
         with pytest.raises(DataError, match="prompt of 4 tokens .* config.row.tokens"):

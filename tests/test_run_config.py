@@ -35,6 +35,7 @@ def test_the_configs_that_are_shipped_pass(name):
         ("text__clean", "blib", "config.text.clean 'blib'; did you mean 'blip'"),
         ("text__limit", -1, "text.limit=-1"),
         ("row__packed", 100, "row.packed=100; want 0 (an example a row), or at least"),
+        ("optim__accumulate", 0, "optim.accumulate=0; want at least 1"),
         ("optim__accumulate", 3, "batch_size=2, optim.accumulate=3"),
         ("optim__warmup_lr", 2.0, "warmup_lr=2.0"),
         ("optim__schedule", "linear_warmup_cosine_lr", "optim.epoch_steps=0"),
@@ -42,6 +43,11 @@ def test_the_configs_that_are_shipped_pass(name):
         ("data", {}, "data without a source"),
         ("cache__dtype", "float8", "config.cache.dtype 'float8'"),
         ("loader__budget", 2.0, "loader.budget=2.0"),
+        (
+            "keep__every",
+            6,
+            "keep.every=6, save_every=4; only what is saved can be kept",
+        ),
         ("keep__last", 0, "keep.last=0; want at least 1"),
     ],
 )

@@ -360,3 +360,13 @@ def test_nothing_to_list_is_an_input_error(tmp_path):
     path.write_bytes(b'{"image": "caf\xe9.jpg"}')
     with pytest.raises(InputError, match="not UTF-8"):
         list_images(path)
+
+
+def test_a_blank_caption_of_an_image_that_has_others_costs_nothing(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.csv").write_text(
+        "image,caption\na.jpg,One.\na.jpg, \na.jpg,Two.\n"
+    )
+    found = open_data(tmp_path / "list.csv", budget=0)
+    assert [example.captions for example in found] == [("One.", "Two.")]
+    assert found.left_out() == "1 blank caption"

@@ -1,6 +1,8 @@
 """configs/stage*.py carry the reference's numbers, and configs/finetune.py is complete."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,15 +74,15 @@ LLAMA2 = {
 }
 MODELS = {
     "": VICUNA | {"llama": "vicuna-7b"},
-    "_13b": VICUNA | {"llama": "vicuna-13b"},
-    "_llama2": LLAMA2 | {"llama": "llama-2-7b"},
+    ":13b": VICUNA | {"llama": "vicuna-13b"},
+    ":llama2": LLAMA2 | {"llama": "llama-2-7b"},
 }
 STAGES = {
     f"{stage}{size}": text.format(**facts)
     for stage, text in (("stage1", STAGE_1), ("stage2", STAGE_2))
     for size, facts in MODELS.items()
 }
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+FILES = {path.stem for path in (ROOT / "configs").glob("*.py")}
 # How often our own files save and look; nothing is learned differently.
 OURS = {"save_every", "eval_every"}
 
@@ -90,7 +92,9 @@ def yaml_values(name: str) -> dict:
 
 
 def ours(name: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config()
+    """As `--config configs/NAME.py` and `--config configs/NAME.py:MODEL` give it."""
+    file, *model = name.split(":")
+    return importlib.import_module(f"configs.{file}").get_config(*model)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -108,7 +112,7 @@ def test_every_knob_is_the_references(name, tmp_path):
     assert run_config.reference_differences(ours(name)) == list(run_config.DEVIATIONS)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("chat", "generate")])
+@pytest.mark.parametrize("name", sorted({*FILES, *STAGES} - {"chat", "generate"}))
 def test_every_config_of_a_run_is_one_the_trainer_takes(name):
     run_config.check(ours(name))
 
@@ -167,17 +171,25 @@ def test_what_a_config_leaves_open_is_asked_for(name):
 
 def test_the_paper_and_the_config_disagree_on_the_steps_of_stage_2():
     """400 and 1000: the config counts here, and the header says so (trap 28)."""
+    module = importlib.import_module("configs.stage2")
+    header = " ".join((module.__doc__ or "").split())
+    assert "400 is what the paper says, the config has 1,000" in header
     for size in MODELS:
-        module = importlib.import_module(f"configs.stage2{size}")
-        header = " ".join((module.__doc__ or "").split())
-        assert "400 is what the paper says, the config has 1,000" in header
-        cfg = module.get_config()
+        cfg = ours("stage2" + size)
         assert cfg.optim.total_steps == 1000
         # The checkpoint after 400 of them is kept.
         assert 400 % cfg.keep.every == 0 == cfg.keep.every % cfg.save_every
 
 
-@pytest.mark.parametrize("name", [*STAGES, "finetune"])
+def test_a_model_is_chosen_on_the_command_line():
+    command = [sys.executable, "-m", "minigpt4_jax.train", "--workdir=/nowhere/w"]
+    command += [f"--config={ROOT / 'configs/stage1.py'}:13b"]
+    command += [f"--config.data.{name}.path=/nowhere" for name in ("laion", "cc_sbu")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 4 and "minigpt4-13b" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune"])
 def test_the_command_of_a_header_names_its_file_and_its_data(name):
     module = importlib.import_module(f"configs.{name}")
     header = " ".join((module.__doc__ or "").replace("\\\n", " ").split())

@@ -199,16 +199,19 @@ def test_runs_without_kept_features_packed_or_in_parts_learn_the_same(chain):
     """The same content in another form: only sums in another order."""
     want = short(chain, "plain")
     for name, changes in {
-        "uncached": dict(cache=dict(dtype="")),
+        "uncached": dict(cache=dict(dtype=""), val=""),
         "packed": dict(row=dict(packed=700)),
         "parts": dict(optim=dict(accumulate=2)),
-        "processes": dict(loader=dict(workers=1), remat="block"),
+        "processes": dict(loader=dict(workers=1)),
+        "recomputed": dict(remat="block"),
     }.items():
         np.testing.assert_allclose(short(chain, name, **changes), want, rtol=2e-5)
         for path, value in trained(chain / name).items():
+            if path.endswith("/k/bias"):  # its gradient is rounding: softmax is blind
+                continue
             other = trained(chain / "plain")[path]
             np.testing.assert_allclose(
-                value, other, atol=2e-4, err_msg=f"{name} {path}"
+                value, other, atol=1e-5, err_msg=f"{name} {path}"
             )
 
 

@@ -88,27 +88,27 @@ def test_a_pth_of_the_run_begins_another_with_the_same_bits(folder, tmp_path):
         held["llama_proj.bias"], torch.from_numpy(want["projector/bias"])
     )
     params = {name: jax.numpy.zeros(value.shape) for name, value in want.items()}
-    found = initial.begin(params, str(pth), folder / "frozen", tmp_path)
+    found = initial.begin(params, str(pth), folder / "frozen")
     assert set(found) == set(want)
     for name, value in want.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("more", [True, False])
-def test_what_begins_a_run_holds_exactly_what_it_trains(folder, tmp_path, more):
+def test_what_begins_a_run_holds_exactly_what_it_trains(folder, more):
     shapes = checkpoint.parameter_shapes(checkpoint.read_config(folder / "frozen"))
     names = {"projector/kernel": 0, "projector/bias": 0}
     names = names | {"qformer/query_tokens": 0} if not more else {"projector/bias": 0}
     params = {name: jax.numpy.zeros(shapes[name]) for name in names}
     complaint = "no such parameter" if more else "qformer/query_tokens: absent"
     with pytest.raises(CheckpointError, match=f"config.init: (.|\n)*{complaint}"):
-        initial.begin(params, str(folder / "stage1"), folder / "frozen", tmp_path)
+        initial.begin(params, str(folder / "stage1"), folder / "frozen")
 
 
-def test_a_whole_model_begins_a_run_with_what_it_trains(folder, tmp_path):
+def test_a_whole_model_begins_a_run_with_what_it_trains(folder):
     directory = folder / "frozen"
     shapes = checkpoint.parameter_shapes(checkpoint.read_config(directory))
     params = {"qformer/query_tokens": jax.numpy.zeros(shapes["qformer/query_tokens"])}
-    found = initial.begin(params, str(directory), directory, tmp_path)
+    found = initial.begin(params, str(directory), directory)
     assert list(found) == ["qformer/query_tokens"]
     assert np.abs(found["qformer/query_tokens"]).max() > 0

@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
 import jax
 
-from minigpt4_jax import train, workdir
+from minigpt4_jax import kept, train
 from tests import dying, training
 
 TOTAL, EVERY = 8, 2  # steps, and between saves
@@ -52,13 +53,14 @@ def hurting(what: str) -> None:
     if what == "killed":
         dying.kill()
     elif what == "terminated twice":
-        begin = workdir.WorkDir._begin
+        seal = kept.seal
 
-        def again(self, *args):
-            begin(self, *args)
+        def again(folder):
+            time.sleep(1)  # the loop has ended, and waits for this thread
             os.kill(os.getpid(), signal.SIGTERM)
+            seal(folder)
 
-        mock.patch.object(workdir.WorkDir, "_begin", again).start()
+        mock.patch.object(kept, "seal", again).start()
         os.kill(os.getpid(), signal.SIGTERM)
     elif what.startswith("worker"):
         (worker, *_) = multiprocessing.active_children()

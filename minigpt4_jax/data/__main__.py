@@ -26,6 +26,8 @@ from minigpt4_jax.data.tokens import load_tokenizer
 def check_data(path: str) -> None:
     """`data check`: the report first, then what training would refuse."""
     args = flags.FLAGS
+    if args.sheet:
+        check.check_sheet(Path(args.sheet))  # before hours of scanning
     examples = open_data(path, budget=1)
     tokenizer = None
     if args.checkpoint:
@@ -60,6 +62,7 @@ def build_records(path: str) -> None:
     second = (Path(path) / "filter_cap.json").is_file()
     kind = builders.CcSbuAlign if second else builders.CaptionedImages
     out = Path(_out())
+    builders.check_out(out)  # before hours of scanning
     written = builders.build(open_data(path), out, kind)
     print(f"{len(written):,} examples in {out}; train on it as on any data set")
 

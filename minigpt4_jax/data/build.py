@@ -103,7 +103,7 @@ def _alone(places: list[Path], listing: Listing) -> Iterator[Path]:
             os.close(handle)
     raise DataError(
         f"{listing.root}: the index of the data cannot be kept at {places[-1]} "
-        f"({refused}); name a folder that can be written"
+        f"({refused}); set MINIGPT4_JAX_CACHE to a folder that can be written"
     )
 
 

@@ -86,8 +86,7 @@ def build(examples: Examples, out: Path, kind: type = CaptionedImages) -> Exampl
         InputError: the folder exists.
         DataError: an example that cannot be read any more, or not as it was written.
     """
-    if out.exists():
-        raise InputError(f"{out} exists; remove it or give another --out")
+    check_out(out)
     work = out.with_name(out.name + ".building")
     shutil.rmtree(work, ignore_errors=True)
     builder = kind(data_dir=str(work))
@@ -103,6 +102,12 @@ def build(examples: Examples, out: Path, kind: type = CaptionedImages) -> Exampl
     Path(builder.data_dir).rename(out)
     shutil.rmtree(work)
     return open_records(out)
+
+
+def check_out(out: Path) -> None:
+    """Raise InputError where something is already."""
+    if out.exists():
+        raise InputError(f"{out} exists; remove it or give another --out")
 
 
 def parts(examples: Examples) -> list[tuple[int, int]]:

@@ -110,15 +110,16 @@ def told(
     yield from _most("sources", looked.sources, part)
 
 
-def draw(examples: Examples, path: Path) -> None:
-    """Write a contact sheet of some examples, each with its first caption.
-
-    Raises InputError for a name that is no picture's.
-    """
+def check_sheet(path: Path) -> None:
+    """Raise InputError for a name that is no picture's."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
         raise InputError(
             f"--sheet {path}: want a name that ends in .jpg, .png or .webp"
         )
+
+
+def draw(examples: Examples, path: Path) -> None:
+    """Write a contact sheet of some examples, each with its first caption."""
     photos = [
         (_readable(examples, i), examples.captions(i)[0])
         for i in sample(len(examples), SHOWN)

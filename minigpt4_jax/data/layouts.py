@@ -172,7 +172,7 @@ def _add(
             return
         known = records[image].label
         assert isinstance(known, Label)
-        if set(label.captions) <= set(known.captions):
+        if label.captions and set(label.captions) <= set(known.captions):
             raise Fault("duplicate key")
         known.captions += label.captions
         known.notes += label.notes

@@ -6,7 +6,7 @@ process that dies or hangs costs nothing but time: the loader begins anew where 
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class ReadPixels:
 
 
 class Loader:
-    """Iterator over the batches of steps start..stop.
+    """Iterator over the batches of steps 0..stop, or from where `set_state` puts it.
 
     A batch is what `make_arrays` gives for the step and its picks, and beside it `image`,
     stacked from what `read` gives, and ok_B float32: 0 where an image was not readable
@@ -77,7 +77,6 @@ class Loader:
         *,
         image: str,
         blank: np.ndarray,
-        start: int = 0,
         stop: int,
         part: tuple[int, int] = (0, 1),
         workers: int = 2,
@@ -86,8 +85,8 @@ class Loader:
         budget: float = 0.01,
     ):
         self.make = MakeBatch(plan, make_arrays, read, image, blank, part)
-        self.sources, self.plan = sources, plan
-        self.step, self.stop = start, stop
+        self.sources = sources
+        self.step, self.stop = 0, stop
         self.workers, self.prefetch = workers, prefetch
         self.limit_s, self.budget = limit_s, budget
         self.seen, self.bad = 0, Counter[str]()
@@ -118,14 +117,15 @@ class Loader:
         self._count(len(batch["ok_B"]), bad)
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """The position, for JSON."""
-        return {"step": self.step}
+    def get_state(self) -> dict[str, Any]:
+        """The position, and what counts against the budget, for JSON."""
+        return {"step": self.step, "seen": self.seen, "bad": dict(self.bad)}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a position, of a loader with whatever hosts and workers."""
         self.close()
-        self.step = int(state["step"])
+        self.step, self.seen = state["step"], state["seen"]
+        self.bad = Counter(state["bad"])
 
     def close(self, kill: bool = False) -> None:
         """End the workers; the next batch would start new ones."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from minigpt4_jax.data import demo_texts
 from minigpt4_jax.data.plan import Plan
@@ -193,7 +194,8 @@ class AnswerArrays:
 
     def fit(self, plan: Plan, steps: range, packed: int = 0, multiple: int = 1) -> None:
         """Set `sizes` to the smallest that hold these steps of the plan (row_sizes)."""
-        lengths = [self.lengths(plan.picks(step)) for step in steps]
+        shown = tqdm(steps, "lengths", disable=None)
+        lengths = [self.lengths(plan.picks(step)) for step in shown]
         tokens_SB, answers_SB = (np.array(part) for part in zip(*lengths, strict=True))
         self.sizes = row_sizes(tokens_SB, answers_SB, packed=packed, multiple=multiple)
         self.packed = packed > 0

@@ -70,11 +70,6 @@ class Plan:
                 picks[own[now], 2] = shuffled
         return picks
 
-    def steps_without_repeats(self) -> int:
-        """Whole steps before any source begins its second epoch (0: not even one)."""
-        blocks = min(s // w for s, w in zip(self.sizes, self.weights, strict=True))
-        return blocks * sum(self.weights) // self.batch_size
-
     def _mixed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each example, and how often that source was used before."""
         weights = np.array(self.weights)

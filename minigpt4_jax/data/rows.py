@@ -45,9 +45,10 @@ def encode(turns: Sequence[Turn], tokens: int, answers: int) -> Piece:
 
     The longest common beginning of the prompts, which must hold all slots, is read once;
     each turn goes on from it as a branch that sees no other. A turn that no longer fits
-    is left out, the first one is cut.
+    is left out, the first one is cut; so are those beyond the branches that there are.
     """
-    assert 0 < len(turns) < BRANCHES
+    assert turns
+    turns = turns[: BRANCHES - 1]
     ids, slots, _ = turns[0]
     if len(ids) >= tokens:
         raise DataError(

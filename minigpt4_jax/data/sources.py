@@ -182,7 +182,7 @@ class Examples(Sequence[Example]):
             more = f"; and {len(over) - 3} more shards" if len(over) > 3 else ""
             raise DataError(
                 f"{'; '.join(over[:3])}{more}; want at most a share of {budget:g}: get "
-                "these files again, or allow more (budget)"
+                "these files again, or allow more (config.loader.budget)"
             )
 
     def _at(self, i: int) -> int:
