@@ -118,7 +118,9 @@ def test_two_sets_of_one_name_share_a_folder_of_indexes(tmp_path):
 
 def test_no_place_at_all_is_said(data, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot be kept at .*file.* name a folder"):
+    with pytest.raises(
+        DataError, match=r"cannot be kept at .*file.* set MINIGPT4_JAX_CACHE"
+    ):
         build.made(layouts.listing(data), tmp_path / "file")
 
 
