@@ -4,7 +4,6 @@ python -m minigpt4_jax.train --config configs/demo_stage1.py --workdir WORK/stag
     --config.data.photos.path=DIR/train --config.val=DIR/val --config.init=WORK/warmup
 
 Two cores of a server CPU, 24 minutes beside other work: 2.720 nats a token on val.
-The losses were still falling: this is the run that ships, not the best there is.
 """
 
 from ml_collections import ConfigDict
