@@ -58,7 +58,7 @@ EXTRAS = {
     "train": TRAIN,
     "data": [*TRAIN, "tensorflow-datasets>=4.9"],  # builds and reads ArrayRecord
     "serve": ["gradio>=6.20"],
-    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],  # libtpu: also plans for TPUs that are not there
     "gpu": ["jax[cuda12]>=0.10,<0.13"],
 }
 

@@ -72,7 +72,7 @@ def bare(args, work: Path):
         seed=cfg.seed,
     )
     model.set_remat(cfg.remat == "block")
-    trainables = Trainables(model, cfg.trainable)
+    trainables = Trainables(model, cfg.trainable, mesh)
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )

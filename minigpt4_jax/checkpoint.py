@@ -8,6 +8,7 @@ else in its config.json.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -181,6 +182,11 @@ def read_arrays(
 
 def parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a preset by path, without making any."""
+    return dict(_parameter_shapes(config))
+
+
+@functools.cache  # a plan asks for hundreds of meshes
+def _parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
     model = nnx.eval_shape(lambda: MiniGPT4(config, rngs=nnx.Rngs(0)))
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in leaves}

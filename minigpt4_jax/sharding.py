@@ -4,12 +4,15 @@ Axes: `data` splits the batch, `fsdp` splits batch and weights, `tensor` splits 
 and hidden layers of the decoder. All are Auto axes: XLA places the rest.
 """
 
+import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +23,11 @@ BATCH = P(("data", "fsdp"))
 
 RULES = (  # first match wins; L is never split
     (r"(vit|llama)/blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"(vit|llama)/blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"llama/blocks/attn/out/kernel", P(None, "tensor", "fsdp", None)),
+    (r"vit/blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"vit/blocks/attn/[qkv]/bias", P(None, "tensor", None)),
     (r"(vit|llama)/blocks/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"(vit|llama)/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(vit|llama)/blocks/mlp/down/kernel", P(None, ("tensor", "fsdp"), None)),
     (r"vit/blocks/mlp/up/bias", P(None, "tensor")),
     (r"llama/embed/embedding", P("tensor", "fsdp")),
     (r"llama/head/kernel", P("fsdp", "tensor")),
@@ -57,8 +61,29 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise ConfigError(
             f"{asked} needs {data * fsdp * tensor} devices, there are {there}"
         )
-    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    grid = _grid(devices, (data, fsdp, tensor))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """Devices in the order of the mesh: axes along a TPU's torus, slices along `data`.
+
+    Raises ConfigError where `data` cannot be split over the slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ConfigError(
+                f"mesh data={shape[0]} over {slices} slices; want a multiple, as only "
+                "data goes over the network between them"
+            )
+        within = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return np.asarray(devices).reshape(shape)
 
 
 def spec(path: str) -> P:
@@ -72,11 +97,88 @@ def spec(path: str) -> P:
 def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Sharding of one parameter; an axis that does not divide its dimension is dropped
     (nine heads on two devices: each holds all nine)."""
-    axes = [
-        axis if axis is None or size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec(path), shape, strict=False)
-    ]
+    axes: list = []
+    for names, size in zip(spec(path), shape, strict=False):
+        kept: tuple[str, ...] = ()
+        for axis in _names(names):
+            if size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0:
+                kept += (axis,)
+        axes.append(kept if len(kept) > 1 else kept[0] if kept else None)
     return NamedSharding(mesh, P(*axes))
+
+
+class Parts:
+    """How each device of a mesh holds its part of parameters, inside of `shard_map`.
+
+    Only `data` and `fsdp` are seen there (OVER); what `tensor` splits stays with XLA.
+    """
+
+    OVER = ("data", "fsdp")
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh):
+        """Args: shapes: of the whole parameters, by path."""
+        self.mesh = mesh
+        self._dims: dict[str, int] = {}
+        self._tensor: dict[str, P] = {}  # what XLA splits
+        for path, shape in shapes.items():
+            axes = parameter_sharding(path, shape, mesh).spec
+            for dim, names in enumerate(axes):
+                if "fsdp" in _names(names) and mesh.shape["fsdp"] > 1:
+                    self._dims[path] = dim
+            self._tensor[path] = P(
+                *("tensor" if "tensor" in _names(n) else None for n in axes)
+            )
+
+    def spec(self, path: str) -> P:
+        """Of one parameter, for shard_map."""
+        dim = self._dims.get(path)
+        return P() if dim is None else P(*[None] * dim, "fsdp")
+
+    def gather(self, path: str, x: jax.Array, skip: int = 0) -> jax.Array:
+        """The whole parameter from this device's part of it.
+
+        Args:
+            skip: leading dimensions that a scan has taken off.
+        """
+        dim = self._dims.get(path)
+        if dim is None:
+            return x
+
+        def own(x):
+            return jax.lax.all_gather(x, "fsdp", axis=dim - skip, tiled=True)
+
+        split = P(*self._tensor[path][skip:])
+        if "tensor" not in split or self.mesh.shape["tensor"] == 1:
+            return own(x)
+        # By hand too, since XLA would gather it over `tensor` as well.
+        by_hand = jax.shard_map(
+            own, in_specs=split, out_specs=split, axis_names={"tensor"}, check_vma=False
+        )
+        return by_hand(x)
+
+    def gather_block(self, stack: str, state: nnx.State) -> nnx.State:
+        """The whole state of one block of a stack, for `MiniGPT4.set_gather`."""
+        whole = []
+        for path, param in nnx.to_flat_state(state):
+            name = "/".join(map(str, (stack, *path)))
+            whole.append((path, param.replace(self.gather(name, param[...], skip=1))))
+        return nnx.from_flat_state(whole)
+
+    def sum_gradients(self, grads: dict) -> dict:
+        """Of all devices; what was gathered has a gradient summed over fsdp already."""
+        return {
+            path: jax.lax.psum(x, ("data",) if path in self._dims else self.OVER)
+            for path, x in grads.items()
+        }
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def batch_spec(name: str) -> P:
+    """Of one array of a batch: B or R leads in those that are split (`ids_RT`)."""
+    return BATCH if name.rpartition("_")[2].startswith(("B", "R")) else P()
 
 
 def place(model: nnx.Module, mesh: Mesh) -> None:
@@ -88,21 +190,42 @@ def place(model: nnx.Module, mesh: Mesh) -> None:
         )
 
 
-def place_state(tree, mesh: Mesh):
-    """Arrays by parameter path, and what an optimizer keeps of them, in their places.
+def places(tree, mesh: Mesh):
+    """Shardings of arrays by parameter path, and of what an optimizer keeps of them.
 
     An array under a dict key that is a path goes where that parameter goes; all else
     (counts of steps) goes to every device.
     """
 
-    def put(keys, x):
+    def of(keys, x):
         names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
         path = next((name for name in reversed(names) if "/" in name), None)
         if path is None:
-            return jax.device_put(x, NamedSharding(mesh, P()))
-        return jax.device_put(x, parameter_sharding(path, x.shape, mesh))
+            return NamedSharding(mesh, P())
+        return parameter_sharding(path, x.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def cache_places(cache, mesh: Mesh):
+    """Shardings of a decoder's KV cache: rows as a batch, heads over `tensor`."""
+
+    def of(x):
+        heads = None
+        if x.ndim >= 4 and x.shape[-2] % mesh.shape["tensor"] == 0:
+            heads = "tensor"
+        if x.ndim == 5:  # L B S G K
+            return NamedSharding(mesh, P(None, BATCH[0], None, heads))
+        if x.ndim == 4:
+            return NamedSharding(mesh, P(BATCH[0], None, heads))
+        return NamedSharding(mesh, BATCH)
+
+    return jax.tree.map(of, cache)
+
+
+def place_state(tree, mesh: Mesh):
+    """The same arrays in those places."""
+    return jax.device_put(tree, places(tree, mesh))
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -141,17 +264,29 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
     Of the split ones each process gives the part that `host_part` names.
     """
     placed = {}
-    hosts = host_part(mesh)[1]
+    host, hosts = host_part(mesh)
+    _check_own(batch, host, batch_parts(mesh) // hosts)
     for name, value in batch.items():
-        split = name.rpartition("_")[2].startswith(("B", "R"))
-        if split:
+        spec = batch_spec(name)
+        if spec == BATCH:
             check_batch(value.shape[0] * hosts, mesh)
-        where = NamedSharding(mesh, BATCH if split else P())
+        where = NamedSharding(mesh, spec)
         if jax.process_count() == 1:
             placed[name] = jax.device_put(value, where)
         else:
             placed[name] = jax.make_array_from_process_local_data(where, value)
     return placed
+
+
+def _check_own(batch: dict, host: int, parts: int) -> None:
+    """Of a host's part of a batch, in `parts`: no row is of an image of another part."""
+    if parts == 1 and host == 0 or "example_RA" not in batch:
+        return
+    rows, examples = len(batch["example_RA"]), len(batch["ok_B"])
+    row_R1 = np.arange(rows)[:, None] // (rows // parts) + host * parts
+    example_RA = batch["example_RA"] // (examples // parts)
+    strange = (example_RA != row_R1) & (batch["loss_mask_RA"] > 0)
+    assert not strange.any(), "rows and their images lie on different devices"
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from minigpt4_jax import optim
-from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax import optim, sharding
+from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
 from minigpt4_jax.models.vit import normalise
 
 logger = logging.getLogger(__name__)
@@ -20,9 +23,14 @@ SHARPNESS = 10.0  # of word_loss: a cosine of 0.5 lifts a word from 1 % to likel
 
 
 class Trainables:
-    """A model split into what is trained (a dict path -> array) and what is frozen."""
+    """A model split into what is trained (a dict path -> array) and what is frozen.
 
-    def __init__(self, model: MiniGPT4, patterns):
+    Args:
+        mesh: where the model lies; None: on one device.
+    """
+
+    def __init__(self, model: MiniGPT4, patterns, mesh: Mesh | None = None):
+        self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
         self.graphdef, state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
         by_name = {"/".join(map(str, path)): path for path in flat}
@@ -34,6 +42,8 @@ class Trainables:
             for name, path in self.paths.items()
         }
         self.frozen = {path: v for path, v in flat.items() if path not in trained}
+        shapes = {name: tuple(flat[path].shape) for name, path in by_name.items()}
+        self.parts = sharding.Parts(shapes, self.mesh)
 
     def log(self) -> None:
         """Show the trainable set: a pattern that hits too much is seen here."""
@@ -42,9 +52,63 @@ class Trainables:
 
     def model(self, params: dict, frozen=None) -> MiniGPT4:
         """The whole model with these values of the trainables."""
+        return nnx.merge(self.graphdef, nnx.from_flat_state(self._flat(params, frozen)))
+
+    def gathered(self, params: dict, frozen: dict) -> MiniGPT4:
+        """The same from the parts that a device holds, inside of `shard_map`.
+
+        Blocks of the stacks are gathered one by one, as they are computed.
+        """
+        flat = []
+        for path, param in self._flat(params, frozen):
+            name = "/".join(map(str, path))
+            if "/blocks/" not in name:
+                param = param.replace(self.parts.gather(name, param[...]))
+            flat.append((path, param))
+        model = nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+        model.set_gather(self.parts.gather_block)
+        return model
+
+    def places(self) -> dict:
+        """Shardings of `frozen`."""
+        return {
+            path: sharding.parameter_sharding(
+                "/".join(map(str, path)), tuple(param.shape), self.mesh
+            )
+            for path, param in self.frozen.items()
+        }
+
+    def _flat(self, params: dict, frozen: dict | None) -> list[tuple]:
         flat = dict(self.frozen if frozen is None else frozen)
         flat |= {self.paths[name]: nnx.Param(value) for name, value in params.items()}
-        return nnx.merge(self.graphdef, nnx.from_flat_state(flat.items()))
+        return list(flat.items())
+
+
+def without_values(
+    cfg: MiniGPT4Config, patterns, mesh: Mesh, dtypes: DTypes, *, remat: bool = False
+) -> Trainables:
+    """Trainables of a model that is not made: shapes and places, to compile for."""
+    made = []
+
+    def split():
+        model = MiniGPT4(cfg, dtypes=dtypes, rngs=nnx.Rngs(0))
+        model.set_remat(remat)
+        made.append(Trainables(model, patterns, mesh))
+        return made[0].params, made[0].frozen
+
+    params, frozen = jax.eval_shape(split)
+    found = made[0]
+
+    def placed(path: str, x) -> jax.ShapeDtypeStruct:
+        where = sharding.parameter_sharding(path, x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    found.params = {path: placed(path, x) for path, x in params.items()}
+    found.frozen = {
+        path: param.replace(placed("/".join(map(str, path)), param.get_value()))
+        for path, param in frozen.items()
+    }
+    return found
 
 
 def image_embeddings(model: MiniGPT4, batch: dict):
@@ -130,31 +194,50 @@ def make_step(
             have one mean, as if they were one batch.
     """
 
-    def loss_of(params, frozen, batch):
-        return loss_fn(trainables.model(params, frozen), batch)
-
     def gradients(params, frozen, batch):
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (total, count), grads = differentiate(params, frozen, batch)
+        def loss_of(params):
+            return loss_fn(trainables.gathered(params, frozen), batch)
+
+        (total, count), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return total, count, grads
 
-    def sums(params, frozen, batches):
+    def sums(params, frozen, *batches):
         """Totals over the batches, of which one at a time is in memory as activations."""
         if accumulate == 1:
-            return gradients(params, frozen, batches[0])
+            total, count, grads = gradients(params, frozen, batches[0])
+        else:
 
-        def add(sums, batch):
-            return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch)), None
+            def add(sums, batch):
+                found = gradients(params, frozen, batch)
+                return jax.tree.map(jnp.add, sums, found), None
 
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
-        return jax.lax.scan(add, zero, stacked)[0]
+            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
+            total, count, grads = jax.lax.scan(add, zero, stacked)[0]
+        total, count = jax.lax.psum((total, count), sharding.Parts.OVER)
+        return total, count, trainables.parts.sum_gradients(grads)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    shapes = {
+        name: jax.ShapeDtypeStruct(p.shape, p.dtype)
+        for name, p in trainables.params.items()
+    }
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), shapes)
+    state_places = sharding.places(shapes, trainables.mesh)
+    everywhere = NamedSharding(trainables.mesh, P())
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(state_places, trainables.places(), None),  # place_batch places
+        out_shardings=(state_places, everywhere),
+    )
     def step(state, frozen, batches):
         assert len(batches) == accumulate, (len(batches), accumulate)
         params, opt_state = state["params"], state["opt_state"]
-        total, count, grads = sums(params, frozen, batches)
+        outs = P(), P(), {name: trainables.parts.spec(name) for name in params}
+        total, count, grads = over_devices(trainables, sums, outs)(
+            params, frozen, *batches
+        )
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -197,8 +280,45 @@ def new_state(params: dict, optimizer: optax.GradientTransformation) -> dict:
 def make_evaluate(trainables: Trainables, loss_fn):
     """(params, frozen, batch) -> (sum of losses, their number), compiled."""
 
-    @jax.jit
-    def evaluate(params, frozen, batch):
-        return loss_fn(trainables.model(params, frozen), batch)
+    def sums(params, frozen, batch):
+        found = loss_fn(trainables.gathered(params, frozen), batch)
+        return jax.lax.psum(found, sharding.Parts.OVER)
 
-    return evaluate
+    return jax.jit(over_devices(trainables, sums, (P(), P())))
+
+
+def over_devices(trainables: Trainables, function: Callable, outs):
+    """(params, frozen, *batches) -> what `function` returns, run on every device.
+
+    There it gets the parts that the device holds. By hand, so that what goes over the
+    network is what is written here: left to itself, XLA splits the products of a tower
+    over `fsdp` and sums their outputs, which are larger than the weights.
+
+    Args:
+        outs: PartitionSpecs of what it returns.
+    """
+    parts = trainables.parts
+
+    def run(params, frozen, *batches):
+        specs = (
+            {name: parts.spec(name) for name in params},
+            {path: parts.spec("/".join(map(str, path))) for path in frozen},
+            *({name: sharding.batch_spec(name) for name in batch} for batch in batches),
+        )
+
+        def own(params, frozen, *batches):
+            first = jax.lax.axis_index(parts.OVER) * len(batches[0]["ok_B"])
+            own = (batch | {"first_example": first} for batch in batches)
+            return function(params, frozen, *own)
+
+        over = jax.shard_map(
+            own,
+            mesh=trainables.mesh,
+            in_specs=specs,
+            out_specs=outs,
+            axis_names=set(parts.OVER),
+            check_vma=False,
+        )
+        return over(params, frozen, *batches)
+
+    return run

@@ -88,7 +88,7 @@ def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
         directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
     )
     model.set_remat(cfg.remat == "block")
-    trainables = Trainables(model, cfg.trainable)
+    trainables = Trainables(model, cfg.trainable, mesh)
     trainables.log()
     paths = list(trainables.params)
     if cfg.init and not run.step:

@@ -3,19 +3,20 @@
 import dataclasses
 import functools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
-from minigpt4_jax import flops
+from minigpt4_jax import flops, hlo, sharding
 from minigpt4_jax.flops import Work
-from minigpt4_jax.models.minigpt4 import PRESETS, MiniGPT4, MiniGPT4Config
-from minigpt4_jax.step import Trainables, answer_loss, make_step, new_state
-from tests import batches, hlo, tiny
+from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.minigpt4 import PRESETS, MiniGPT4Config
+from minigpt4_jax.step import answer_loss, make_step, new_state, without_values
+from tests import batches, tiny
 
 PROJECTOR = (r"projector/.*",)
 QFORMER = (r"qformer/.*", r"projector/.*")
@@ -35,27 +36,16 @@ def program(
     cfg: MiniGPT4Config, patterns, part: str, remat: bool = False
 ) -> SimpleNamespace:
     """A compiled step of R rows, of which nothing is made or run: sizes do not matter."""
-    made = []
-
-    def split():
-        model = MiniGPT4(cfg, rngs=nnx.Rngs(0))
-        model.set_remat(remat)
-        made.append(Trainables(model, patterns))
-        return made[0].params, made[0].frozen
-
-    params, frozen = jax.eval_shape(split)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    found = without_values(cfg, patterns, mesh, DTypes(), remat=remat)
     optimizer = optax.identity()
-    state = jax.eval_shape(
-        lambda: new_state(
-            {path: jnp.zeros(p.shape) for path, p in params.items()}, optimizer
-        )
-    )
-    step = make_step(made[0], answer_loss, optimizer, lambda _: 0.1)
-    text = step.lower(state, frozen, (shapes(cfg, part),)).compile().as_text()
+    state = jax.eval_shape(partial(new_state, optimizer=optimizer), found.params)
+    step = make_step(found, answer_loss, optimizer, lambda _: 0.1)
+    text = step.lower(state, found.frozen, (shapes(cfg, part),)).compile().as_text()
     return SimpleNamespace(
-        dots=hlo.dots(text),
-        frozen={"/".join(map(str, path)): p.shape for path, p in frozen.items()},
-        trainable={path: p.shape for path, p in params.items()},
+        dots=hlo.Program(text).dots(),
+        frozen={"/".join(map(str, path)): p.shape for path, p in found.frozen.items()},
+        trainable={path: p.shape for path, p in found.params.items()},
     )
 
 
@@ -216,7 +206,7 @@ def test_dots_in_loops_are_counted_as_often_as_they_run():
         return jax.lax.scan(outer, a_TE, b_SED)[0]
 
     shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((33, 35), (3, 35, 37)))
-    found = hlo.dots(nested.lower(*shapes).compile().as_text())
+    found = hlo.Program(nested.lower(*shapes).compile().as_text()).dots()
     assert hlo.total(found) == 3 * 4 * 2 * (2 * 33 * 35 * 37)
     assert {dot.shape for dot in found} == {(33, 37), (33, 35)}
 
@@ -226,7 +216,7 @@ def test_batched_and_contracted_dimensions_are_told_apart():
     shapes = (
         jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 33, 3, 5), (2, 34, 3, 5))
     )
-    found = hlo.dots(product.lower(*shapes).compile().as_text())
+    found = hlo.Program(product.lower(*shapes).compile().as_text()).dots()
     assert hlo.total(found) == 2 * 2 * 3 * 33 * 34 * 5
 
 
@@ -237,4 +227,4 @@ def test_a_loop_of_unknown_length_is_refused():
 
     text = until.lower(jax.ShapeDtypeStruct((33, 33), jnp.float32)).compile().as_text()
     with pytest.raises(ValueError, match="unknown length"):
-        hlo.dots(text)
+        hlo.Program(text).dots()

@@ -130,6 +130,14 @@ ROOMS = (
         rf"{ERRORS}|minigpt4_jax|minigpt4_jax\.(locate|storage)",
     ),
     (r"minigpt4_jax/initial", {"jax"}, rf"{ERRORS}|minigpt4_jax\.checkpoint"),
+    (r"minigpt4_jax/hlo", {"numpy"}, r""),
+    (r"minigpt4_jax/chips", {"jax"}, rf"{ERRORS}|minigpt4_jax\.(flops|hlo)"),
+    (
+        r"minigpt4_jax/projection",
+        NET,
+        rf"{ERRORS}|{MODELS}|minigpt4_jax|"
+        r"minigpt4_jax\.(checkpoint|chips|features|flops|hlo|optim|sharding|step)",
+    ),
     (r"minigpt4_jax/flops", {"numpy"}, rf"{MODELS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/guard", {"jax", "numpy"}, ERRORS),
     (r"minigpt4_jax/(diagnosis|curves)", set(), r""),
@@ -156,7 +164,7 @@ ROOMS = (
     ),
     (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
-        r"minigpt4_jax/(train|generate|chat|report)",  # commands: anything of ours
+        r"minigpt4_jax/(train|plan|generate|chat|report)",  # commands: anything of ours
         {"jax", "absl", "ml_collections", "tqdm"},
         PACKAGE,
     ),

@@ -217,7 +217,14 @@ def test_packed_rows_hold_the_same_examples():
             for b in range(6)
         ]
 
-    assert by_example(packed) == by_example(alone)
+    order = packed["order_B"]
+    assert sorted(order.tolist()) == list(range(6)) != order.tolist()
+    said = by_example(alone)
+    assert by_example(packed) == [said[b] for b in order]
+    # The first three examples in the first half of the rows.
+    for row, examples in enumerate(np.split(packed["example_RA"], 2)):
+        counts = np.split(packed["loss_mask_RA"], 2)[row] > 0
+        assert set(examples[counts].tolist()) == {3 * row, 3 * row + 1, 3 * row + 2}
     slots = np.sort(packed["slots_RT"][packed["slots_RT"] >= 0])
     np.testing.assert_array_equal(slots, np.arange(6 * SLOTS))  # each image once
 

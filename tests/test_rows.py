@@ -104,12 +104,11 @@ def pieces(count: int, tokens: int = 40, answers: int = 30) -> tuple[list, list]
 def test_rows_are_laid_out_as_plainly_as_in_the_tests_of_the_loss(packed):
     turns, made = pieces(7)
     sizes = RowSizes(rows=3 if packed else 7, tokens=43, answers=31, padding=0.0)
-    row_B = range(7)
+    row_B = list(range(7))
     if packed:
-        lengths = np.array([[piece.tokens_4T.shape[1] for piece in made]])
-        row_B = rows.share_out(lengths, 3)[0].tolist()
+        row_B = rows.share_out(rows.lengths(made)[None], 3)[0].tolist()
         assert max(row_B.count(row) for row in row_B) > 2
-    got = rows.lay_out(made, sizes, tiny.CONFIG.num_slots, packed)
+    got = rows.lay_out(made, sizes, tiny.CONFIG.num_slots, np.array(row_B))
     want = batches.lay_out(turns, sizes.tokens, sizes.answers, row_B, sizes.rows)
     del want["ok_B"]
     assert got.keys() == want.keys()
@@ -120,7 +119,8 @@ def test_rows_are_laid_out_as_plainly_as_in_the_tests_of_the_loss(packed):
 
 def test_examples_of_a_row_see_nothing_of_each_other():
     _, made = pieces(7)
-    batch = rows.lay_out(made, RowSizes(3, 43, 31, 0.0), 3, packed=True)
+    row_B = rows.share_out(rows.lengths(made)[None], 3)[0]
+    batch = rows.lay_out(made, RowSizes(3, 43, 31, 0.0), 3, row_B)
     segments, positions = batch["segments_RT"], batch["positions_RT"]
     mask_RTS = np.asarray(
         layers.attention_mask(segments, positions, segments, positions)
@@ -147,6 +147,15 @@ def test_rows_share_the_examples_of_a_step_about_equally():
     np.testing.assert_array_equal(alone_B, rows_SB[3])
 
 
+def test_each_part_of_the_rows_gets_as_many_examples():
+    lengths_SB = np.random.default_rng(0).integers(38, 64, (5, 48))
+    rows_SB = rows.share_out(lengths_SB, 8, parts=4)
+    for lengths_B, rows_B in zip(lengths_SB, rows_SB):
+        assert np.bincount(rows_B // 2).tolist() == [12] * 4
+        full_R = np.bincount(rows_B, lengths_B)
+        assert full_R.max() - full_R.min() <= lengths_B.max()
+
+
 def test_the_sizes_hold_every_step_and_no_shorter_row_would():
     rng = np.random.default_rng(1)
     answers_SB = rng.integers(3, 20, (9, 24))
@@ -155,7 +164,7 @@ def test_the_sizes_hold_every_step_and_no_shorter_row_would():
     assert sizes.rows % 2 == 0 and sizes.tokens % 8 == 0 and sizes.tokens <= 130
     fullest, answers = 0, 0
     for tokens_B, answers_B in zip(tokens_SB, answers_SB):
-        rows_B = rows.share_out(tokens_B[None], sizes.rows)[0]
+        rows_B = rows.share_out(tokens_B[None], sizes.rows, sizes.parts)[0]
         fullest = max(fullest, np.bincount(rows_B, tokens_B).max())
         answers = max(answers, np.bincount(rows_B, answers_B).max())
     assert fullest <= sizes.tokens < fullest + 8

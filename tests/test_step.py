@@ -90,7 +90,7 @@ def test_data_lays_rows_out_as_these_tests_do():
     plain = batches.lay_out(EXAMPLES, 44, 22)
     pieces = [rows.encode(turns, 44, 22) for turns in EXAMPLES]
     sizes = rows.RowSizes(rows=3, tokens=44, answers=22, padding=0.0)
-    fast = rows.lay_out(pieces, sizes, tiny.CONFIG.num_slots, packed=False)
+    fast = rows.lay_out(pieces, sizes, tiny.CONFIG.num_slots, np.arange(3))
     del plain["ok_B"]  # the loader's
     assert fast.keys() == plain.keys()
     for name, array in fast.items():
@@ -295,7 +295,12 @@ def small_loss(model, batch):
     return (image_BQD**2).sum() + root, batch["count"]
 
 
-GOOD = {"queries_BQD": queries(1), "root": np.float32(1), "count": np.float32(7)}
+GOOD = {
+    "queries_BQD": queries(1),
+    "ok_B": np.ones(1, np.float32),
+    "root": np.float32(1),
+    "count": np.float32(7),
+}
 NAN = {"queries_BQD": np.full_like(queries(1), np.nan)}
 
 

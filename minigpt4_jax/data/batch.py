@@ -58,10 +58,11 @@ class MakeBatch:
             take: bytes -> how a block of that size is called, and the block.
         """
         picks = self.plan.picks(step)
-        own = self._cut(picks)
+        arrays = self.make_arrays(step, picks)
+        own = self._cut(picks[arrays.pop("order_B", slice(None))])
         arrays = {
             name: self._cut(array) if name.rpartition("_")[2][0] in "BR" else array
-            for name, array in self.make_arrays(step, picks).items()
+            for name, array in arrays.items()
         }
         shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         shapes[self.image] = self.blank.dtype, (len(own), *self.blank.shape)

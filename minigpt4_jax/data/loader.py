@@ -57,7 +57,8 @@ class Loader:
 
     Args:
         make_arrays: arrays of the whole batch over all hosts. Those with a suffix that
-            begins with B or R are cut to this host's part, others stay whole.
+            begins with B or R are cut to this host's part, others stay whole. order_B,
+            if it is there, is the order in which they have the picks.
         read: raises InputError or DataError for a bad example.
         image: name of the array of images, as pixels_BHWC.
         blank: what stands for a bad image; shape and dtype of all.

@@ -21,7 +21,16 @@ from minigpt4_jax.data.prompts import (
     training_answer,
     training_prompt,
 )
-from minigpt4_jax.data.rows import Piece, RowSizes, Turn, encode, lay_out, row_sizes
+from minigpt4_jax.data.rows import (
+    Piece,
+    RowSizes,
+    Turn,
+    encode,
+    lay_out,
+    lengths,
+    row_sizes,
+    share_out,
+)
 from minigpt4_jax.data.texts import Clean, as_written
 from minigpt4_jax.data.tokens import Tokenizer
 from minigpt4_jax.data.tokens import lay_out as lay_out_prompt
@@ -183,7 +192,13 @@ class AnswerArrays:
         if sizes is None:
             assert not self.packed, "packed rows need the sizes that row_sizes finds"
             sizes = RowSizes(len(pieces), self.tokens, self.answers, padding=0.0)
-        return lay_out(pieces, sizes, self.num_slots, self.packed)
+        if not self.packed:
+            return lay_out(pieces, sizes, self.num_slots, np.arange(len(pieces)))
+        rows = share_out(lengths(pieces)[None], sizes.rows, sizes.parts)[0]
+        # Each part with its own images: not in the order of the plan.
+        order = np.argsort(rows // (sizes.rows // sizes.parts), kind="stable")
+        pieces = [pieces[b] for b in order]
+        return lay_out(pieces, sizes, self.num_slots, rows[order]) | {"order_B": order}
 
     def piece(self, source: int, epoch: int, example: int) -> Piece:
         """One example of the plan."""
@@ -195,8 +210,8 @@ class AnswerArrays:
     def fit(self, plan: Plan, steps: range, packed: int = 0, multiple: int = 1) -> None:
         """Set `sizes` to the smallest that hold these steps of the plan (row_sizes)."""
         shown = tqdm(steps, "lengths", disable=None)
-        lengths = [self.lengths(plan.picks(step)) for step in shown]
-        tokens_SB, answers_SB = (np.array(part) for part in zip(*lengths, strict=True))
+        found = [self.lengths(plan.picks(step)) for step in shown]
+        tokens_SB, answers_SB = (np.array(part) for part in zip(*found, strict=True))
         self.sizes = row_sizes(tokens_SB, answers_SB, packed=packed, multiple=multiple)
         self.packed = packed > 0
 

@@ -38,6 +38,7 @@ class RowSizes:
     tokens: int
     answers: int
     padding: float  # share of the tokens, over all steps
+    parts: int = 1  # of a packed batch, each with rows and examples of its own
 
 
 def encode(turns: Sequence[Turn], tokens: int, answers: int) -> Piece:
@@ -86,11 +87,12 @@ def encode(turns: Sequence[Turn], tokens: int, answers: int) -> Piece:
 
 
 def lay_out(
-    pieces: Sequence[Piece], sizes: RowSizes, num_slots: int, packed: bool
+    pieces: Sequence[Piece], sizes: RowSizes, num_slots: int, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Arrays of `sizes.rows` rows R of T tokens and A answer tokens.
 
-    Example b lies alone in row b, or, packed, where `share_out` puts it.
+    Args:
+        rows: the row of each piece.
 
     Returns:
         ids_RT, segments_RT, positions_RT; slots_RT: b * num_slots + q of the image
@@ -98,10 +100,6 @@ def lay_out(
         answer_from_RA: the places T whose output predicts them; loss_mask_RA: which of
         them count; example_RA: b that they are of.
     """
-    rows = np.arange(len(pieces))
-    if packed:
-        lengths = np.array([piece.tokens_4T.shape[1] for piece in pieces])
-        rows = share_out(lengths[None], sizes.rows)[0]
     tokens_5RT = np.zeros((5, sizes.rows, sizes.tokens), np.int32)
     tokens_5RT[3] = -1
     answers_3RA = np.zeros((3, sizes.rows, sizes.answers), np.int32)
@@ -132,17 +130,29 @@ def lay_out(
     }
 
 
-def share_out(lengths_SB: np.ndarray, rows: int) -> np.ndarray:
+def lengths(pieces: Sequence[Piece]) -> np.ndarray:
+    """Tokens of each piece."""
+    return np.array([piece.tokens_4T.shape[1] for piece in pieces])
+
+
+def share_out(lengths_SB: np.ndarray, rows: int, parts: int = 1) -> np.ndarray:
     """The row of each example, int64 [S B], for each step S apart.
 
     The longest first, each into the row that is emptiest: rows come out as good as equal
     in length, which is what a fixed number of them needs.
+
+    Args:
+        parts: as many equal groups of neighbouring rows; each gets as many examples, so
+            that the images of a group can lie where its rows do.
     """
     steps = np.arange(len(lengths_SB))
     full_SR = np.zeros((len(steps), rows), int)
+    left_SG = np.full((len(steps), parts), lengths_SB.shape[1] // parts)
     rows_SB = np.empty(lengths_SB.shape, np.int64)
     for example_S in np.argsort(-lengths_SB, axis=1, kind="stable").T:
-        row_S = full_SR.argmin(axis=1)
+        open_SR = np.repeat(left_SG > 0, rows // parts, axis=1)
+        row_S = np.where(open_SR, full_SR, np.iinfo(int).max).argmin(axis=1)
+        left_SG[steps, row_S // (rows // parts)] -= 1
         full_SR[steps, row_S] += lengths_SB[steps, example_S]
         rows_SB[steps, example_S] = row_S
     return rows_SB
@@ -156,7 +166,7 @@ def row_sizes(
     Args:
         tokens_SB, answers_SB: how many tokens and answer tokens each example has.
         packed: most tokens of a row that several examples share; 0: a row each.
-        multiple: parts that the rows are split into.
+        multiple: parts that the rows, and with them the examples, are split into.
     """
     most = int(tokens_SB.max())
     if most > packed > 0:
@@ -169,7 +179,8 @@ def row_sizes(
     else:
         rows, tokens, answers = tokens_SB.shape[1], most, int(answers_SB.max())
     used = float(tokens_SB.mean(dtype=float)) * tokens_SB.shape[1]
-    return RowSizes(rows, tokens, answers, padding=1 - used / (rows * tokens))
+    padding = 1 - used / (rows * tokens)
+    return RowSizes(rows, tokens, answers, padding, multiple if packed else 1)
 
 
 def _packed_sizes(
@@ -184,7 +195,7 @@ def _packed_sizes(
     fewest = -(-int(tokens_SB.sum(axis=1).max()) // packed)
     rows = -(-fewest // multiple) * multiple
     while len(found) < TRIALS:
-        tokens, answers = _fullest(tokens_SB, answers_SB, rows)
+        tokens, answers = _fullest(tokens_SB, answers_SB, rows, multiple)
         if tokens <= packed:
             found.append((rows, min(-(-tokens // ALIGNED) * ALIGNED, packed), answers))
         rows += multiple
@@ -192,13 +203,13 @@ def _packed_sizes(
 
 
 def _fullest(
-    tokens_SB: np.ndarray, answers_SB: np.ndarray, rows: int
+    tokens_SB: np.ndarray, answers_SB: np.ndarray, rows: int, parts: int
 ) -> tuple[int, int]:
     """Most tokens, and most answer tokens, of any row of any step."""
     tokens = answers = 0
     for i in range(0, len(tokens_SB), CHUNK):
         part = slice(i, i + CHUNK)
-        rows_SB = share_out(tokens_SB[part], rows)
+        rows_SB = share_out(tokens_SB[part], rows, parts)
         tokens = max(tokens, _most(tokens_SB[part], rows_SB, rows))
         answers = max(answers, _most(answers_SB[part], rows_SB, rows))
     return tokens, answers

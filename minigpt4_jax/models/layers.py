@@ -126,13 +126,16 @@ def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=Non
         out_dtype: dtype of the result, which sums keep anyway (None: compute).
     """
     compute = jnp.dtype(dtypes.compute)
-    contract = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    ins, outs = kernel.shape[:axes], kernel.shape[axes:]
+    rest = x.shape[: x.ndim - axes]
+    # As matrices: a TPU's compiler makes convolutions of products over two dimensions,
+    # and one over heads and their features took four times as long.
     y = jax.lax.dot_general(
-        x.astype(compute),
-        kernel.astype(compute),
-        (contract, ((), ())),
+        x.astype(compute).reshape(*rest, math.prod(ins)),
+        kernel.astype(compute).reshape(math.prod(ins), math.prod(outs)),
+        (((len(rest),), (0,)), ((), ())),
         preferred_element_type=out_dtype,
-    )
+    ).reshape(*rest, *outs)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -299,7 +302,15 @@ def layer(tree, i: int):
     return jax.tree.map(lambda x_L: x_L[i], tree)
 
 
-def apply_stack(blocks, step: Callable, carry, xs=None, *, remat: bool = False):
+def apply_stack(
+    blocks,
+    step: Callable,
+    carry,
+    xs=None,
+    *,
+    remat: bool = False,
+    gather: Callable | None = None,
+):
     """Run `carry, y = step(block, carry, x)` over blocks; returns carry and all ys.
 
     Args:
@@ -309,6 +320,8 @@ def apply_stack(blocks, step: Callable, carry, xs=None, *, remat: bool = False):
             a cache is then never stacked or copied.
         remat: a gradient keeps only what goes from block to block, and computes the
             products inside a block a second time.
+        gather: a block's state, of which this device holds a part -> the whole of it,
+            made anew for the gradient.
     """
     if isinstance(blocks, nnx.List):
         assert not remat, "a list is for decoding"
@@ -322,6 +335,8 @@ def apply_stack(blocks, step: Callable, carry, xs=None, *, remat: bool = False):
 
     def body(carry, inputs):
         block_state, x = inputs
+        if gather is not None:
+            block_state = gather(block_state)
         return step(nnx.merge(graphdef, block_state), carry, x)
 
     return scan_blocks(body, carry, (state, xs), remat=remat)

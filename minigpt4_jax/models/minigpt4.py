@@ -1,7 +1,8 @@
 """MiniGPT-4: ViT -> ln_vision -> Q-Former -> projector -> slots of a LLaMA prompt."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -210,6 +211,16 @@ class MiniGPT4(nnx.Module):
             if tower is not None:
                 tower.remat = blocks
 
+    def set_gather(self, gather: Callable[[str, nnx.State], nnx.State]) -> None:
+        """How a block of ViT or decoder gets its whole weights, where devices hold parts.
+
+        Args:
+            gather: (path of the stack, state of one block, without L) -> its whole state.
+        """
+        for name in ("vit", "llama"):
+            tower: Any = getattr(self, name)
+            tower.gather = functools.partial(gather, f"{name}/blocks")
+
     def encode_image(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""
         return self.project(self.encode_patches(pixels_BHWC, capture), capture)
@@ -276,16 +287,19 @@ class MiniGPT4(nnx.Module):
                 answer_ids_RA are the tokens to be predicted, answer_from_RA the
                 positions T whose hidden state predicts them, loss_mask_RA which of them
                 count, if the example example_RA they belong to is ok_B (1, or 0 for one
-                that could not be read).
+                that could not be read). Images are counted from `first_example`, where
+                the batch is a part of a larger one and has it.
         """
+        first = batch.get("first_example", 0)
         text_RTD = self.llama.embed(batch["ids_RT"])
-        x_RTD = fill_slots(text_RTD, image_BQD, batch["slots_RT"])
+        slots_RT = batch["slots_RT"] - first * image_BQD.shape[1]
+        x_RTD = fill_slots(text_RTD, image_BQD, slots_RT)
         hidden_RTD, _ = self.llama(x_RTD, batch["segments_RT"], batch["positions_RT"])
         hidden_RAD = jnp.take_along_axis(
             hidden_RTD, batch["answer_from_RA"][..., None], axis=1
         )
         losses_RA = cross_entropy(self.llama.logits(hidden_RAD), batch["answer_ids_RA"])
-        counts_RA = batch["loss_mask_RA"] * batch["ok_B"][batch["example_RA"]]
+        counts_RA = batch["loss_mask_RA"] * batch["ok_B"][batch["example_RA"] - first]
         return (losses_RA * counts_RA).sum(), counts_RA.sum()
 
 

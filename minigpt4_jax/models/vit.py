@@ -109,6 +109,7 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, *, dtypes: DTypes = DTypes(), rngs: nnx.Rngs):
         self.cfg = cfg
         self.remat = False  # MiniGPT4.set_remat
+        self.gather = None  # MiniGPT4.set_gather
         patch = (cfg.patch_size, cfg.patch_size, 3)
         self.patch = Linear(patch, cfg.width, dtypes=dtypes, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
@@ -143,7 +144,8 @@ class ViT(nnx.Module):
             x_BPD = block(x_BPD)
             return x_BPD, x_BPD if keep else None
 
-        x_BPD, hidden = apply_stack(self.blocks, step, x_BPD, remat=self.remat)
+        how = dict(remat=self.remat, gather=self.gather)
+        x_BPD, hidden = apply_stack(self.blocks, step, x_BPD, **how)
         if keep:
             capture.values["vit/hidden"] = stacked(hidden)
         return x_BPD
