@@ -43,7 +43,11 @@ def main(argv: list[str]) -> int:
         raise errors.InputError("train needs --workdir, and --config to begin")
     workdir = Path(WORKDIR.value).expanduser()
     cfg = CONFIG.value or saved_config(workdir)
-    return 0 if train(cfg, workdir) else TERMINATED
+    finished = train(cfg, workdir)
+    if jax.process_count() > 1:
+        # Together: the first process serves the others, which abort without it.
+        jax.distributed.shutdown()
+    return 0 if finished else TERMINATED
 
 
 def train(cfg, workdir: Path, devices=None) -> bool:

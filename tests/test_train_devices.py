@@ -69,7 +69,7 @@ def test_a_run_over_several_devices_has_the_losses_of_one(
     same_losses(folder / str(devices), on_one)
 
 
-def test_two_processes_end_at_the_same_step_and_one_goes_on(folder, tmp_path):
+def test_two_processes_end_at_the_same_step_and_one_goes_on(folder, on_one, tmp_path):
     """SIGTERM comes to one of them; they share one shard, which is fewer than they."""
     assert len(list(open_data(folder / "data/train").paths)) == 1
     path, port = tmp_path / "two", dying.free_port()

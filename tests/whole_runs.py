@@ -90,6 +90,7 @@ def one_of_two(
 
     with mock.patch.object(train.Guard, "look", end):
         finished = train.train(_of_two(folder), path)
+    jax.distributed.shutdown()  # as train.main does
     raise SystemExit(0 if finished else train.TERMINATED)
 
 
