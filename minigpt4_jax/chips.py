@@ -4,16 +4,28 @@ Sizes of a slice are of its torus, as in `v5p:4x4x4`: chips, not cores.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jax.experimental import topologies
 
 from minigpt4_jax.errors import ConfigError, unknown
 from minigpt4_jax.flops import PEAKS
 from minigpt4_jax.hlo import Collective
 
 GIB = 1 << 30
+NOWHERE = {  # what libtpu would ask a cloud for, and complain of without an answer
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened: plans may run side by side
+}
 
 
 @dataclass(frozen=True)
@@ -96,11 +108,8 @@ class Slice:
 
         Raises ConfigError without it, or for a shape that does not exist.
         """
-        import os
-
-        from jax.experimental import topologies
-
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud is asked who we are
+        for name, value in NOWHERE.items():
+            os.environ.setdefault(name, value)
         shape = "x".join(map(str, self.shape))
         options: dict[str, Any] = dict(self.chip.options)
         if self.count > 1:
