@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from minigpt4_jax import chips, errors, projection, sharding
+from configs import stage1
+from minigpt4_jax import chips, errors, optim, projection, sharding
 from minigpt4_jax.models import llama as llama_lib
 from minigpt4_jax.models.llama import LlamaConfig
 from minigpt4_jax.models.minigpt4 import PRESETS, cross_entropy
@@ -122,7 +122,7 @@ def lowered(run: Published, mesh, devices: int):
     found.parts.gather = lambda path, x, skip=0: gather(
         path, x.astype(jnp.bfloat16), skip
     )
-    optimizer = optax.scale_by_adam()
+    optimizer = optim.make_optimizer(stage1.get_config().optim)
     step = make_step(found, text_loss, optimizer, lambda step: 1e-4)
     state = jax.eval_shape(lambda p: new_state(p, optimizer), found.params)
     places = sharding.places(state, mesh)

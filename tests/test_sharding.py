@@ -1,5 +1,7 @@
 """The table of places, and that a run is the same on one device and on eight."""
 
+import dataclasses
+import itertools
 import math
 
 import jax
@@ -10,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax import checkpoint, optim, sharding
 from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.request import GREEDY, Request, user
 from minigpt4_jax.step import Trainables, answer_loss, make_step, new_state
 from tests import batches, tiny
 from tests.training import config
@@ -115,6 +119,78 @@ def test_the_losses_are_the_same_on_one_device_and_in_every_split_of_eight():
         np.testing.assert_allclose(
             losses(mesh, data), one, rtol=1e-5, err_msg=str(axes)
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_losses_are_the_same_in_every_split_there_is(devices):
+    plain, packed = some_batch(False), some_batch(True)
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    for data, fsdp in itertools.product((1, 2, 4, 8), repeat=2):
+        tensor, left = divmod(devices, data * fsdp)
+        if left or not tensor:
+            continue
+        # In eight parts each has one row, which no two examples can share.
+        seen = [plain, plain] if data * fsdp == 8 else [plain, packed]
+        mesh = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:devices])
+        np.testing.assert_allclose(
+            losses(mesh, seen), losses(alone, seen), rtol=1e-5, err_msg=str(mesh)
+        )
+
+
+@pytest.mark.parametrize("axes", [dict(tensor=2), dict(data=2, tensor=2)])
+def test_generation_over_tensor_says_what_one_device_says(axes):
+    rules = dataclasses.replace(GREEDY, max_tokens=6)
+    asked = [
+        Request([user("Why?", tiny.image(i))], sampling=rules, id=str(i))
+        for i in range(2)
+    ]
+
+    def said(model) -> dict:
+        found: dict = {}
+        for event in Generator(model, tiny.tokenizer(), batch_size=2).submit(asked):
+            found[event.request_id] = found.get(event.request_id, ()) + event.ids
+        return found
+
+    count = math.prod(axes.values())
+    mesh = sharding.make_mesh(**dict(data=1) | axes, devices=jax.devices()[:count])
+    model = tiny.model()
+    sharding.place(model, mesh)
+    kernel = model.llama.blocks.mlp.up.kernel[...]
+    assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 2
+    assert said(model) == said(tiny.model())
+
+
+def test_a_batch_whose_images_lie_elsewhere_is_our_mistake():
+    mesh = sharding.make_mesh(data=8)
+    batch = some_batch(packed=False)
+    sharding.place_batch(batch, mesh)
+    batch["example_RA"] = np.roll(batch["example_RA"], 1, axis=0)
+    with pytest.raises(AssertionError, match="lie on different devices"):
+        sharding.place_batch(batch, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+    @property
+    def process_index(self) -> int:
+        return self.slice_index
+
+
+def test_slices_lie_along_data():
+    devices = [Device(i, i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(data=2, fsdp=4, devices=devices)
+    for k in range(2):
+        assert {device.slice_index for device in mesh.devices[k].flat} == {k}
+    with pytest.raises(ConfigError, match="only data goes over the network"):
+        sharding.make_mesh(data=1, fsdp=8, devices=devices)
 
 
 def some_batch(packed: bool) -> dict:
