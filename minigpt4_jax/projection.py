@@ -238,7 +238,8 @@ def read(compiled, on: Slice, mesh: Mesh, **known) -> Projection:
 
 # By formula.
 
-EFFICIENCY = 0.58  # of the peak, by what is computed; from steps compiled for v5e
+EFFICIENCY = 0.58  # of the peak, by what is computed
+SLOWER = {1: 1.0, 2: 1.07, 4: 1.37, 8: 2.0}  # by tensor: products are cut small
 EXPOSED = 0.35  # of the shorter of compute and collectives: what does not overlap
 
 
@@ -248,7 +249,8 @@ def formula(
     """The same without compiling, in a millisecond: roughly, to choose what to compile.
 
     Compute runs at EFFICIENCY of the peak; weights are gathered twice, and activations
-    summed over `tensor`, at the bandwidth of the links.
+    summed over `tensor`, where the next product waits for them, at the bandwidth of the
+    links. The constants are from steps compiled for v5e.
     """
     shapes = checkpoint.parameter_shapes(preset)
     stacks = {t: _bytes(shapes, f"{t}/blocks/") for t in ("vit", "llama")}
@@ -278,8 +280,9 @@ def formula(
     summed *= cfg.optim.accumulate
     chip = on.chip
     links = chip.link * chip.dims * (2 if on.ring(0) else 1)
-    collectives = gathered / links + 2 * summed / (chip.link * (2 if on.ring(0) else 1))
-    compute = done / on.chips / (chip.peak * EFFICIENCY)
+    gathers = gathered / links
+    sums = 2 * summed / (chip.link * (2 if on.ring(0) else 1))
+    compute = done / on.chips / (chip.peak * EFFICIENCY) * SLOWER[mesh["tensor"]]
     return Projection(
         batch=cfg.batch_size,
         mesh=mesh,
@@ -292,8 +295,8 @@ def formula(
         compiled_flops=int(done / on.chips),
         collective_bytes=int(gathered + summed),
         compute=compute,
-        collectives=collectives,
-        seconds=max(compute, collectives) + EXPOSED * min(compute, collectives),
+        collectives=gathers + sums,
+        seconds=max(compute, gathers) + EXPOSED * min(compute, gathers) + sums,
         peak_flops=chip.peak,
     )
 
