@@ -8,6 +8,7 @@ Exit codes of every command:
     3    ConfigError: a preset or a knob of a config is wrong
     4    CheckpointError: a model directory or a checkpoint cannot be used
     5    DataError: a data set cannot be used
+    75   ClusterError: a training stands still, or lost one of its processes: start it again
     130  interrupted
     143  training ended by SIGTERM, saved and ready to go on
 """
@@ -51,6 +52,12 @@ class DataError(MiniGPT4Error, RuntimeError):
     exit_code = 5
 
 
+class ClusterError(MiniGPT4Error, RuntimeError):
+    """A process of a run did not come, is gone or stands still; a new start may help."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The sentence for a name that is not in a list: nearest name first, then all."""
     names = sorted(known)
@@ -81,16 +88,27 @@ def run(
     try:
         code = main(_parse(argv, define)) or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = _say("interrupted", 130, argv)
     except BrokenPipeError:  # `... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit complains
         code = 0
-    except MiniGPT4Error as error:
-        code = _say(f"{type(error).__name__}: {error}", error.exit_code, argv)
-    except OSError as error:
-        code = _say(str(error), 1, argv)
+    except (KeyboardInterrupt, MiniGPT4Error, OSError) as error:
+        code = say(error, argv)
     sys.exit(code)
+
+
+def say(error: BaseException, argv: Sequence[str]) -> int:
+    """Print an error to stderr as `run` does, a bug's traceback; return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        sentence, code = "interrupted", 130
+    elif isinstance(error, MiniGPT4Error):
+        sentence, code = f"{type(error).__name__}: {error}", error.exit_code
+    else:
+        sentence, code = str(error) if isinstance(error, OSError) else "", 1
+    if not sentence or "--debug" in argv:
+        traceback.print_exception(error)
+    if sentence:
+        print(sentence, file=sys.stderr)
+    return code
 
 
 def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
@@ -117,14 +135,6 @@ def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
         raise ConfigError(f"config: {' '.join(text.split())}") from error
     finally:
         sys.argv = before
-
-
-def _say(sentence: str, code: int, argv: list[str]) -> int:
-    """Print the error being handled; return its exit code."""
-    if "--debug" in argv:
-        traceback.print_exc()
-    print(sentence, file=sys.stderr)
-    return code
 
 
 def _log_to_stderr() -> None:

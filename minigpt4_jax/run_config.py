@@ -21,7 +21,7 @@ CACHES = ("", "float32", "float16", "bfloat16")
 KNOBS = {
     "config": (
         "checkpoint init trainable loss data val text batch_size row cache optim dtype "
-        "remat loader keep guard mesh seed log_every save_every eval_every"
+        "remat loader keep guard watchdog mesh seed log_every save_every eval_every"
     ),
     "config.text": "clean limit captions words_least one_sentence",
     "config.row": "tokens answers packed",
@@ -33,6 +33,7 @@ KNOBS = {
     "config.loader": "workers prefetch limit_s budget",
     "config.keep": "last every",
     "config.guard": "skipped",
+    "config.watchdog": "limit_s other_s start_s",
     "config.mesh": "data fsdp tensor",
 }
 SOURCE = ("path", "weight")  # knobs of each named entry of config.data
@@ -49,6 +50,9 @@ MAY_CHANGE = {
     "keep.last",
     "keep.every",
     "guard.skipped",
+    "watchdog.limit_s",
+    "watchdog.other_s",
+    "watchdog.start_s",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -222,6 +226,11 @@ def _holds(cfg):
         cfg.loader.workers >= 0,
         f"loader.workers={cfg.loader.workers}; want 0 or more",
     )
+    yield (
+        cfg.watchdog.limit_s > cfg.loader.limit_s,
+        f"watchdog.limit_s={cfg.watchdog.limit_s}, loader.limit_s={cfg.loader.limit_s}; "
+        "a loader that is given up begins anew: want more for the step that waits for it",
+    )
     for name in ("log_every", "save_every", "eval_every"):
         yield cfg[name] >= 1, f"{name}={cfg[name]}; want at least 1 step"
     yield (
@@ -235,6 +244,8 @@ def _holds(cfg):
         ("keep.last", cfg.keep.last, 1),
         ("keep.every", cfg.keep.every, 0),
         ("guard.skipped", cfg.guard.skipped, 1),
+        ("watchdog.other_s", cfg.watchdog.other_s, cfg.watchdog.limit_s),
+        ("watchdog.start_s", cfg.watchdog.start_s, 1),
     ):
         yield value >= least, f"{name}={value}; want at least {least}"
 

@@ -15,7 +15,16 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from minigpt4_jax import checkpoint, errors, flops, initial, optim, run_config, sharding
+from minigpt4_jax import (
+    checkpoint,
+    cluster,
+    errors,
+    flops,
+    initial,
+    optim,
+    run_config,
+    sharding,
+)
 from minigpt4_jax.data.sources import open_data
 from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.generator import default_dtypes
@@ -25,6 +34,7 @@ from minigpt4_jax.progress import Bar, Board, Meter
 from minigpt4_jax.step import Trainables, make_step, new_state
 from minigpt4_jax.stream import Stream
 from minigpt4_jax.task import make_task
+from minigpt4_jax.watchdog import Watchdog
 from minigpt4_jax.workdir import WorkDir, saved_config
 
 logger = logging.getLogger(__name__)
@@ -43,25 +53,34 @@ def main(argv: list[str]) -> int:
         raise errors.InputError("train needs --workdir, and --config to begin")
     workdir = Path(WORKDIR.value).expanduser()
     cfg = CONFIG.value or saved_config(workdir)
-    finished = train(cfg, workdir)
+    run_config.check(cfg)  # its limits, before they are used
+    team = cluster.start(cfg.watchdog.start_s, cfg.watchdog.limit_s)
+    finished = train(cfg, workdir, team=team)
     if jax.process_count() > 1:
         # Together: the first process serves the others, which abort without it.
         jax.distributed.shutdown()
     return 0 if finished else TERMINATED
 
 
-def train(cfg, workdir: Path, devices=None) -> bool:
+def train(cfg, workdir: Path, devices=None, team: cluster.Team | None = None) -> bool:
     """Train until `cfg.optim.total_steps`, resuming what stands in `workdir`.
 
     Args:
         devices: of the mesh; default all.
+        team: the processes of the run; default this one.
 
     Returns:
         Whether the run is finished; False when SIGTERM ended it early.
     """
-    # Mesh and config.
     run_config.check(cfg)
     run_config.check_given(cfg)
+    limits = cfg.watchdog.limit_s, cfg.watchdog.other_s
+    with Watchdog(workdir / "stacks", *limits, team) as watch:
+        return _prepare(cfg, workdir, devices, watch)
+
+
+def _prepare(cfg, workdir: Path, devices, watch: Watchdog) -> bool:
+    # Mesh.
     mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
     sharding.check_batch(cfg.batch_size // cfg.optim.accumulate, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
@@ -81,11 +100,14 @@ def train(cfg, workdir: Path, devices=None) -> bool:
         if run.step == cfg.optim.total_steps:
             logger.info("%s is at step %d, its last, already", run.path, run.step)
         else:
-            _train(cfg, run, mesh, directory, list(sources.values()), val.get("val"))
+            data = list(sources.values()), val.get("val")
+            _train(cfg, run, mesh, directory, *data, watch)
     return run.step == cfg.optim.total_steps
 
 
-def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
+def _train(
+    cfg, run: WorkDir, mesh, directory: Path, sources, val, watch: Watchdog
+) -> None:
     # Model: the frozen weights in their places, and what is trained.
     dtypes = default_dtypes(cfg.dtype or None)
     model = checkpoint.load_model(
@@ -118,6 +140,7 @@ def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
     meter = Meter(peak_flops=flops.peak(mesh.devices.flat), devices=jax.local_devices())
     shown = dict(step=start, active=jax.process_index() == 0)
     guard = Guard(run.path / "skipped", cfg.guard.skipped)
+    pace = watch.pace
     with contextlib.ExitStack() as ends:
         loader = task.loader()
         if run.position is not None:
@@ -128,11 +151,14 @@ def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
         ends.enter_context(contextlib.closing(board))
         bar = ends.enter_context(Bar(total, **shown))
         stop = ends.enter_context(terminated())
+        ends.enter_context(watch.telling())
+        pace.begin(start)
         for step in range(start, total):
             batches, counts = stream.step()
             state, metrics = step_fn(state, trainables.frozen, batches)
             stream.prepare()  # by the host, while the devices work on the step
             guard.look(step, metrics, batches)
+            pace.ended(step)
             meter.step(**counts)
             done, last = step + 1, step + 1 == total or stop(step)
             record = {}
@@ -141,7 +167,7 @@ def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
                 record |= meter.read() | {"skipped": int(state["skipped"])}
                 record |= {"bad_examples": stream.bad}
             if done % cfg.eval_every == 0 or done == total:
-                with meter.paused():
+                with meter.paused(), pace.other("evaluation"):
                     record |= looks.losses(state["params"])
                     run.log_samples(done, looks.samples(state["params"], run.path))
             if record:
@@ -150,11 +176,12 @@ def _train(cfg, run: WorkDir, mesh, directory: Path, sources, val) -> None:
                 looks.say(done, record)
             bar.step(record)
             if done % cfg.save_every == 0 or last or run.save_again:
-                with meter.paused():
+                with meter.paused(), pace.other("save"):
                     run.save(done, state, stream.position)
             if last:
                 break
         guard.check()
+        pace.end()
         run.wait()  # before the boards, which may wait for a network
 
 

@@ -6,10 +6,13 @@ The places are in the order in which a save comes by them.
 import errno
 import functools
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from minigpt4_jax import kept, locate, sharding, storage
-from minigpt4_jax.errors import CheckpointError
+from minigpt4_jax import cluster, errors, kept, locate, sharding, storage, watchdog
+from minigpt4_jax.errors import CheckpointError, DataError, MiniGPT4Error
 from minigpt4_jax.workdir import WorkDir
 from tests import training
 
@@ -187,11 +191,19 @@ def sharded_state(mesh: jax.sharding.Mesh, value: int) -> dict:
     return sharding.place_state({"params": params, "opt_state": (moments,)}, mesh)
 
 
-def join(port: int, index: int, of: int = 2, devices: int = 2) -> None:
+def join(
+    port: int, index: int, of: int = 2, devices: int = 2, start_s=60, limit_s=60
+) -> cluster.Team:
     """Makes this process one of several that have so many devices each."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", devices)
-    jax.distributed.initialize(f"localhost:{port}", of, index)
+    os.environ |= {
+        cluster.COORDINATOR: f"localhost:{port}",
+        cluster.PROCESSES: str(of),
+        cluster.PROCESS: str(index),
+    }
+    team = cluster.start(start_s, limit_s)
+    assert team is not None
+    return team
 
 
 def free_port() -> int:
@@ -202,26 +214,34 @@ def free_port() -> int:
 
 def in_process(function: Callable, *args, **kwargs) -> int:
     """The exit code of a process of its own; minus the signal that ended it."""
-    return in_processes((function, args, kwargs))[0]
+    (code,) = in_processes((function, args, kwargs))
+    assert code is not None
+    return code
 
 
-def in_processes(*calls: tuple[Callable, Sequence, Mapping[str, Any]]) -> list[int]:
+def in_processes(
+    *calls: tuple[Callable, Sequence, Mapping[str, Any]], stopped: int | None = None
+) -> list[int | None]:
     """The exit codes of several processes at a time.
 
     They are forked from one that has imported everything and started nothing.
+
+    Args:
+        stopped: the one that will not end; it is killed when the others have.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "tensorboardX"])
     processes = [
         context.Process(target=function, args=tuple(args), kwargs=dict(kwargs))
         for function, args, kwargs in calls
     ]
+    waited = [p for i, p in enumerate(processes) if i != stopped]
     try:
         for process in processes:
             process.start()
-        for process in processes:
+        for process in waited:
             process.join(timeout=300)
-        assert all(process.exitcode is not None for process in processes), calls
+        assert all(process.exitcode is not None for process in waited), calls
         return [process.exitcode for process in processes]
     finally:
         for process in processes:
@@ -239,3 +259,81 @@ def saved_arrays(path: Path) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(keys): np.asarray(value)
         for keys, value in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+# Several processes, and what is done to one of them.
+
+
+def say_into(path: Path) -> None:
+    """stderr, of C too, into a file."""
+    logging.basicConfig(level=logging.INFO, force=True)
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+
+def hurt(how: str, log: Path) -> None:
+    """Do something to this process, and say when, on the clock of all processes."""
+    log.write_text(str(time.monotonic()))
+    if how == "killed":
+        kill()
+    elif how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "stuck":
+        threading.Event().wait()
+    elif how == "fails":
+        raise DataError("a shard is damaged")
+    elif how == "has a bug":
+        raise RuntimeError("a bug")
+    elif how == "takes its time":
+        time.sleep(3)
+
+
+def ends_as_a_command(run: Callable[[], object]) -> None:
+    """Exits with the code of errors.run, which reads flags, as train.main would."""
+    try:
+        run()
+        jax.distributed.shutdown()
+    except MiniGPT4Error as error:
+        raise SystemExit(errors.say(error, [])) from error
+
+
+def stepping(
+    port: int, index: int, folder: Path, victim: int, how: str, when: int | str = 3
+) -> None:
+    """Process 0 or 1 of a run whose steps only wait for each other; one is hurt.
+
+    What it says is in INDEX.log. Its disk is slow.
+
+    Args:
+        when: step (from 0) in which that is, or "save": at the one after the third.
+    """
+    say_into(folder / f"{index}.log")
+    team = join(port, index, devices=1)
+
+    write = watchdog._write
+
+    def slowly(*args):
+        time.sleep(0.5)
+        write(*args)
+
+    def run():
+        with (
+            mock.patch.object(watchdog, "_write", slowly),
+            watchdog.Watchdog(folder / "stacks", 2, 60, team) as watch,
+        ):
+            watch.pace.begin(0)
+            for step in range(6):
+                if (index, step) == (victim, when):
+                    hurt(how, folder / "hurt")
+                watch.pace.ended(step)
+                multihost_utils.process_allgather(np.array(step))
+                if (index, step, when) == (victim, 2, "save"):
+                    with watch.pace.other("save"):
+                        hurt(how, folder / "hurt")
+
+    ends_as_a_command(run)
+
+
+def coming(port: int, index: int, of: int, log: Path, start_s: float) -> None:
+    """A process that comes; what it says when others do not is in `log`."""
+    say_into(log)
+    ends_as_a_command(lambda: join(port, index, of, start_s=start_s))

@@ -10,6 +10,7 @@ import pytest
 from minigpt4_jax import errors
 from minigpt4_jax.errors import (
     CheckpointError,
+    ClusterError,
     ConfigError,
     DataError,
     InputError,
@@ -50,6 +51,7 @@ def command(*argv, body="pass"):
         (ConfigError, ValueError, 3),
         (CheckpointError, RuntimeError, 4),
         (DataError, RuntimeError, 5),
+        (ClusterError, RuntimeError, 75),
     ],
 )
 def test_each_kind_has_its_base_and_its_exit_code(kind, builtin, code, capsys):

@@ -140,6 +140,8 @@ ROOMS = (
     ),
     (r"minigpt4_jax/flops", {"numpy"}, rf"{MODELS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/guard", {"jax", "numpy"}, ERRORS),
+    (r"minigpt4_jax/cluster", {"jax"}, ERRORS),
+    (r"minigpt4_jax/watchdog", set(), rf"{ERRORS}|minigpt4_jax\.cluster"),
     (r"minigpt4_jax/(diagnosis|curves)", set(), r""),
     (
         r"minigpt4_jax/progress",  # tensorboardX and wandb only where they are used

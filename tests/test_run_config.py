@@ -49,6 +49,9 @@ def test_the_configs_that_are_shipped_pass(name):
             "keep.every=6, save_every=4; only what is saved can be kept",
         ),
         ("keep__last", 0, "keep.last=0; want at least 1"),
+        ("watchdog__limit_s", 60, "watchdog.limit_s=60, loader.limit_s=60; a loader"),
+        ("watchdog__other_s", 119, "watchdog.other_s=119; want at least 120"),
+        ("watchdog__start_s", 0, "watchdog.start_s=0; want at least 1"),
     ],
 )
 def test_a_knob_that_is_unknown_or_impossible_is_refused(knob, value, complaint):

@@ -73,9 +73,18 @@ def test_two_processes_end_at_the_same_step_and_one_goes_on(folder, on_one, tmp_
     """SIGTERM comes to one of them; they share one shard, which is fewer than they."""
     assert len(list(open_data(folder / "data/train").paths)) == 1
     path, port = tmp_path / "two", dying.free_port()
-    calls = [(whole_runs.one_of_two, (i, port, path, folder, 2), {}) for i in (0, 1)]
+    calls = [(whole_runs.one_of, (i, port, path, folder), {"ends": 2}) for i in (0, 1)]
     assert dying.in_processes(*calls) == [train.TERMINATED] * 2
     assert 3 <= max(locate.kept_steps(path)) < whole_runs.TOTAL
     for place in (path, tmp_path / "one"):
         assert dying.in_process(whole_runs.alone, place, folder) == 0
+    same_losses(path, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_four_processes_have_the_losses_of_one(folder, tmp_path):
+    assert dying.in_process(whole_runs.alone, tmp_path / "one", folder, 4) == 0
+    path, port = tmp_path / "four", dying.free_port()
+    calls = [(whole_runs.one_of, (i, port, path, folder, 4), {}) for i in range(4)]
+    assert dying.in_processes(*calls) == [0] * 4
     same_losses(path, tmp_path / "one")

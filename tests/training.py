@@ -120,6 +120,7 @@ def config(frozen: Path | str, **changes) -> ConfigDict:
             loader=dict(workers=0, prefetch=2, limit_s=60, budget=0.01),
             keep=dict(last=2, every=0),
             guard=dict(skipped=10),
+            watchdog=dict(limit_s=120, other_s=600, start_s=60),
             mesh=dict(data=0, fsdp=1, tensor=1),
             seed=3,
             log_every=1,

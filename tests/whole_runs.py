@@ -71,16 +71,21 @@ def hurting(what: str) -> None:
         dying.PLACES[what](dying.kill).start()
 
 
-def alone(path: Path, folder: Path) -> None:
-    """The run of `one_of_two` on one device of one process."""
-    assert train.train(_of_two(folder), path, devices=jax.devices()[:1])
+def alone(path: Path, folder: Path, of: int = 2) -> None:
+    """The run of `one_of` so many on one device of one process."""
+    assert train.train(_shared(folder, of), path, devices=jax.devices()[:1])
 
 
-def one_of_two(
-    process: int, port: int, path: Path, folder: Path, ends: int | None = None
+def one_of(
+    process: int,
+    port: int,
+    path: Path,
+    folder: Path,
+    of: int = 2,
+    ends: int | None = None,
 ) -> None:
-    """Process 0 or 1 of a run on one device each; SIGTERM comes to 1 in step `ends`."""
-    dying.join(port, process, devices=1)
+    """A process of a run on one device each; SIGTERM comes to process 1 in step `ends`."""
+    team = dying.join(port, process, of, devices=1)
     look = train.Guard.look
 
     def end(self, step, *args):
@@ -89,16 +94,59 @@ def one_of_two(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with mock.patch.object(train.Guard, "look", end):
-        finished = train.train(_of_two(folder), path)
+        finished = train.train(_shared(folder, of), path, team=team)
     jax.distributed.shutdown()  # as train.main does
     raise SystemExit(0 if finished else train.TERMINATED)
 
 
-def _of_two(folder: Path):
+def _shared(folder: Path, of: int):
     return training.config(
         folder / "frozen",
+        batch_size=of,
         optim__total_steps=TOTAL,
         save_every=EVERY,
         eval_every=4,
         loader__workers=0,
     )
+
+
+def watched(
+    index: int,
+    port: int,
+    path: Path,
+    folder: Path,
+    hurt: tuple[int, str, int] | None = None,
+    of: int = 2,
+) -> None:
+    """A process of a warm start under a watchdog of three seconds.
+
+    What it says is in PATH-INDEX.log.
+
+    Args:
+        hurt: (process, what, step) as of dying.hurt, in that step (from 0).
+    """
+    dying.say_into(path.with_name(f"{path.name}-{index}.log"))
+    os.environ["XLA_FLAGS"] = (  # compiles twice as fast
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+    team = dying.join(port, index, of, devices=1) if of > 1 else None
+    cfg = training.config(
+        folder / "frozen",
+        loss="words",
+        optim__total_steps=TOTAL,
+        save_every=EVERY,
+        cache__dtype="",
+        loader__limit_s=1,
+        watchdog__limit_s=3,
+    )
+    look = train.Guard.look
+
+    def looks(self, step, *args):
+        look(self, step, *args)
+        if hurt and (index, step) == (hurt[0], hurt[2]):
+            dying.hurt(hurt[1], path.with_name(f"{path.name}-hurt"))
+
+    with mock.patch.object(train.Guard, "look", looks):
+        dying.ends_as_a_command(
+            lambda: train.train(cfg, path, jax.devices()[:of], team=team)
+        )
