@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -m "not slow" --durations=20
 
-test-all: lint
+test-all: lint $(VENV)/.tpu
 	$(BIN)/python -m pytest --durations=20
 
 lint: $(VENV)/.test
@@ -46,6 +46,11 @@ $(VENV)/.demo: setup.py pyproject.toml constraints.txt weights.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PINNED) -e '.[test]'
+	touch $@
+
+# libtpu, for the plans that are compiled for pods; needs no TPU.
+$(VENV)/.tpu: $(VENV)/.test
+	$(PINNED) -e '.[tpu]'
 	touch $@
 
 clean:

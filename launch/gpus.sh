@@ -40,6 +40,7 @@ trap 'ending=true; [[ -z $pid ]] || kill "$pid"' TERM INT
 while ! $ending; do
     setsid "${command[@]}" 8>&- &
     pid=$! code=0
+    ! $ending || kill "$pid" # the signal came before its number was known
     wait "$pid" || code=$?
     while kill -0 "$pid" 2> /dev/null; do # a signal has cut the wait short
         code=0

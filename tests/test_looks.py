@@ -7,15 +7,20 @@ import pytest
 
 from minigpt4_jax import looks
 from minigpt4_jax.data.sources import Example
+from minigpt4_jax.sharding import Parts
 from tests import tiny, training
 
 
 def make(loss_fn, batches, **task) -> looks.Looks:
+    mesh = training.one_device()
     trainables = SimpleNamespace(
-        frozen={}, model=lambda params, frozen=None: params["model"]
+        frozen={},
+        mesh=mesh,
+        parts=Parts({}, mesh),
+        model=lambda params: params["model"],
+        gathered=lambda params, frozen: params["model"],
     )
     fields = dict(val_batches=batches, loss_fn=loss_fn, vocabulary_size=10) | task
-    mesh = training.one_device()
     return looks.Looks(trainables, SimpleNamespace(**fields), tiny.tokenizer(), mesh)
 
 
