@@ -121,7 +121,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(
     assert_same(path, folder / "unbroken")
 
 
-@pytest.mark.parametrize("broken", ["corrupt", "unwritable"])
+@pytest.mark.parametrize(
+    "broken", ["corrupt", pytest.param("unwritable", marks=pytest.mark.slow)]
+)
 def test_a_broken_cache_of_compiled_programs_is_warned_of_and_gone_around(
     folder, tmp_path, monkeypatch, capfd, broken
 ):

@@ -283,7 +283,8 @@ def test_a_training_that_lost_a_process_ends(folder, tmp_path, again):
         goes_on(path, folder, of=2)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # two light processes above are stopped too
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_training_with_a_stopped_process_ends_and_names_it(folder, tmp_path, victim):
     codes, said, passed = train(tmp_path / "run", folder, victim, "stopped", 4)
     other = 1 - victim
