@@ -34,6 +34,7 @@ from minigpt4_jax import (
 )
 from minigpt4_jax.chips import GIB, Slice
 from minigpt4_jax.errors import ConfigError, InputError
+from minigpt4_jax.generator import default_dtypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 from minigpt4_jax.projection import Lengths, Projection
 
@@ -318,7 +319,8 @@ def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) 
     axes = parse_mesh(mesh_text, cfg, len(devices))
     mesh = sharding.make_mesh(**axes, devices=devices)
     began = time.perf_counter()
-    compiled = projection.lower_step(cfg, preset, mesh, lengths).compile()
+    dtypes = default_dtypes(cfg.dtype or None)
+    compiled = projection.lower_step(cfg, preset, mesh, lengths, dtypes).compile()
     took = time.perf_counter() - began
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -151,10 +151,16 @@ def batch_without_values(cfg, preset: MiniGPT4Config, mesh: Mesh, lengths: Lengt
     }
 
 
-def lower_step(cfg, preset: MiniGPT4Config, mesh: Mesh, lengths: Lengths):
+def lower_step(
+    cfg,
+    preset: MiniGPT4Config,
+    mesh: Mesh,
+    lengths: Lengths,
+    dtypes: DTypes = BFLOAT16,
+):
     """The training step of a config, lowered for the mesh's devices."""
     found = without_values(
-        preset, cfg.trainable, mesh, BFLOAT16, remat=cfg.remat == "block"
+        preset, cfg.trainable, mesh, dtypes, remat=cfg.remat == "block"
     )
     optimizer = optim.make_optimizer(cfg.optim)
     step = make_step(
