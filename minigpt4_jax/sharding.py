@@ -167,9 +167,13 @@ class Parts:
     def sum_gradients(self, grads: dict) -> dict:
         """Of all devices; what was gathered has a gradient summed over fsdp already."""
         return {
-            path: jax.lax.psum(x, ("data",) if path in self._dims else self.OVER)
+            path: self.sum(x, ("data",) if path in self._dims else self.OVER)
             for path, x in grads.items()
         }
+
+    def sum(self, tree, over: tuple[str, ...] = OVER):
+        """Of all devices; of one part there is nothing to sum (step.over_devices)."""
+        return tree if batch_parts(self.mesh) == 1 else jax.lax.psum(tree, over)
 
 
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -214,7 +214,7 @@ def make_step(
             zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
             total, count, grads = jax.lax.scan(add, zero, stacked)[0]
-        total, count = jax.lax.psum((total, count), sharding.Parts.OVER)
+        total, count = trainables.parts.sum((total, count))
         return total, count, trainables.parts.sum_gradients(grads)
 
     shapes = {
@@ -282,7 +282,7 @@ def make_evaluate(trainables: Trainables, loss_fn):
 
     def sums(params, frozen, batch):
         found = loss_fn(trainables.gathered(params, frozen), batch)
-        return jax.lax.psum(found, sharding.Parts.OVER)
+        return trainables.parts.sum(found)
 
     return jax.jit(over_devices(trainables, sums, (P(), P())))
 
@@ -311,6 +311,9 @@ def over_devices(trainables: Trainables, function: Callable, outs):
             own = (batch | {"first_example": first} for batch in batches)
             return function(params, frozen, *own)
 
+        if sharding.batch_parts(trainables.mesh) == 1:
+            # XLA refuses sums by hand over axes of one device beside a split `tensor`.
+            return function(params, frozen, *batches)
         over = jax.shard_map(
             own,
             mesh=trainables.mesh,
