@@ -49,7 +49,6 @@ class Chip:
     network: float
     dims: int
     wrap: int
-    host: tuple[int, ...]
     options: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -62,20 +61,18 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            *("v4", "TPU v4", int(30.75 * GIB), 1.05e9, 45e9, 6.25e9, 3, 4, (2, 2, 1)),
+            *("v4", "TPU v4", int(30.75 * GIB), 1.05e9, 45e9, 6.25e9, 3, 4),
             # Else a device would be one of a chip's two cores.
             options=(("chip_config_name", "megacore"),),
         ),
         Chip(
             *("v5e", "TPU v5 lite", int(15.75 * GIB), 1.5e9, 45e9, 3.125e9),
-            *(2, 16, (2, 4)),
+            *(2, 16),
         ),
-        Chip(
-            *("v5p", "TPU v5", int(95.74 * GIB), 1.75e9, 90e9, 6.25e9, 3, 4, (2, 2, 1))
-        ),
+        Chip(*("v5p", "TPU v5", int(95.74 * GIB), 1.75e9, 90e9, 6.25e9, 3, 4)),
         Chip(
             *("v6e", "TPU v6 lite", int(31.25 * GIB), 1.75e9, 90e9, 12.5e9),
-            *(2, 16, (2, 4)),
+            *(2, 16),
         ),
     )
 }

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -151,6 +152,7 @@ def compiled_step(
             lowered,
             on,
             devices,
+            projection.advice(mesh, cfg),
             batch=cfg.batch_size,
             useful_flops=projection.useful(cfg, preset, cfg.batch_size, lengths),
         )
@@ -167,22 +169,33 @@ def compiled_token(preset: MiniGPT4Config, on: Slice, mesh: dict[str, int]):
         lowered = projection.lower_token(preset, devices, rows, PLACES)
         work = flops.Work(images=0, tokens=rows, pairs=rows * PLACES, answers=rows)
         forward = flops.costs(preset, [], "queries")(work)
-        return _compile(lowered, on, devices, batch=rows, useful_flops=forward)
+        helps = ["a mesh with more tensor", "a larger slice"]
+        return _compile(lowered, on, devices, helps, batch=rows, useful_flops=forward)
 
     return _cached(key, on, mesh, make)
 
 
-def _compile(lowered, on: Slice, mesh, **known) -> Projection:
+def _compile(lowered, on: Slice, mesh, helps: list[str], **known) -> Projection:
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
-        raise ConfigError(f"does not fit on {on}: {reason[:300]}") from error
+        raise ConfigError(no_room(str(error), on, helps)) from error
     known["compile_seconds"] = time.perf_counter() - began
     return projection.read(compiled, on, mesh, **known)
+
+
+def no_room(said: str, on: Slice, helps: list[str]) -> str:
+    """What the compiler says when it finds no room, with what is missing and helps."""
+    sizes = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", said)
+    if sizes:
+        over = int((float(sizes[1]) - float(sizes[2])) * GIB)
+        lack = f"temporaries alone are {over} bytes ({over / GIB:.2f} GiB) too many"
+    else:
+        lack = said.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0][:300]
+    return f"does not fit on {on}: {lack}; what helps: {'; '.join(helps)}"
 
 
 def _cached(key: list, on: Slice, mesh: dict[str, int], make) -> Projection:
@@ -237,7 +250,7 @@ def report(found: Projection, cfg, on: Slice, lengths: Lengths, args) -> Iterato
     if not found.fits:
         over = found.peak - found.memory
         yield f"DOES NOT FIT: {over} bytes ({over / GIB:.2f} GiB) too many. What helps:"
-        yield from (f"  {line}" for line in projection.advice(found, cfg))
+        yield from (f"  {line}" for line in projection.advice(found.mesh, cfg))
     yield ""
     if args.mode == "generate":
         yield f"{found.batch} rows of {PLACES} places, one token each:"

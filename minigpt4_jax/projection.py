@@ -23,7 +23,6 @@ from minigpt4_jax.step import answer_loss, make_step, new_state, without_values
 
 BFLOAT16 = DTypes("bfloat16", "bfloat16", "bfloat16")
 PADDING = 0.05  # of a packed row, as measured by data/rows.py on captions
-ARRAYS = {"patches": "patches_BPE", "queries": "queries_BQD"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def mean_lengths(cfg, preset: MiniGPT4Config) -> Lengths:
 class Projection:
     """Of one step on every device; bytes of one device, seconds of all together.
 
-    measured: False where it comes from `formula`, which compiles nothing.
     seconds: of a step; compute, collectives: of it, if each ran by itself.
+    compile_seconds, slowest, exchanged: not of `formula`, which compiles nothing.
     """
 
     batch: int
@@ -329,27 +328,20 @@ def meshes(preset: MiniGPT4Config, on: Slice, batch: int) -> Sequence[dict[str, 
     return found
 
 
-def advice(found: Projection, cfg) -> list[str]:
+def advice(mesh: dict[str, int], cfg) -> list[str]:
     """Which options would make a plan fit that does not."""
     said = []
     if cfg.remat != "block":
         said.append("--config.remat=block keeps only what goes from block to block")
     examples = cfg.batch_size // cfg.optim.accumulate
-    if examples > found.mesh["data"] * found.mesh["fsdp"]:
+    if examples > mesh["data"] * mesh["fsdp"]:
         said.append(
             f"--config.optim.accumulate={2 * cfg.optim.accumulate} computes half of the "
             "examples at a time"
         )
-    if found.mesh["data"] > 1:
+    if mesh["data"] > 1:
         said.append("a mesh with more fsdp and less data splits the weights further")
     return [*said, "a larger slice"]
-
-
-def with_batch(cfg, batch: int):
-    """The config with another batch size, its own not changed."""
-    cfg = cfg.copy_and_resolve_references()
-    cfg.batch_size = batch
-    return cfg
 
 
 def as_dict(found: Projection) -> dict[str, Any]:

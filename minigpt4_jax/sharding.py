@@ -96,7 +96,10 @@ def spec(path: str) -> P:
 
 def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Sharding of one parameter; an axis that does not divide its dimension is dropped
-    (nine heads on two devices: each holds all nine)."""
+    (nine heads on two devices: each holds all nine). One device holds all of anything,
+    also of towers that RULES does not know."""
+    if mesh.size == 1:
+        return NamedSharding(mesh, P())
     axes: list = []
     for names, size in zip(spec(path), shape, strict=False):
         kept: tuple[str, ...] = ()
@@ -269,7 +272,8 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
     """
     placed = {}
     host, hosts = host_part(mesh)
-    _check_own(batch, host, batch_parts(mesh) // hosts)
+    if batch_parts(mesh) > 1 and "example_RA" in batch:
+        _check_own(batch, host, batch_parts(mesh) // hosts)
     for name, value in batch.items():
         spec = batch_spec(name)
         if spec == BATCH:
@@ -284,8 +288,6 @@ def place_batch(batch: dict, mesh: Mesh) -> dict:
 
 def _check_own(batch: dict, host: int, parts: int) -> None:
     """Of a host's part of a batch, in `parts`: no row is of an image of another part."""
-    if parts == 1 and host == 0 or "example_RA" not in batch:
-        return
     rows, examples = len(batch["example_RA"]), len(batch["ok_B"])
     row_R1 = np.arange(rows)[:, None] // (rows // parts) + host * parts
     example_RA = batch["example_RA"] // (examples // parts)

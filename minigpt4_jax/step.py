@@ -300,6 +300,9 @@ def over_devices(trainables: Trainables, function: Callable, outs):
     parts = trainables.parts
 
     def run(params, frozen, *batches):
+        if sharding.batch_parts(trainables.mesh) == 1:
+            # XLA refuses sums by hand over axes of one device beside a split `tensor`.
+            return function(params, frozen, *batches)
         specs = (
             {name: parts.spec(name) for name in params},
             {path: parts.spec("/".join(map(str, path))) for path in frozen},
@@ -311,9 +314,6 @@ def over_devices(trainables: Trainables, function: Callable, outs):
             own = (batch | {"first_example": first} for batch in batches)
             return function(params, frozen, *own)
 
-        if sharding.batch_parts(trainables.mesh) == 1:
-            # XLA refuses sums by hand over axes of one device beside a split `tensor`.
-            return function(params, frozen, *batches)
         over = jax.shard_map(
             own,
             mesh=trainables.mesh,

@@ -94,6 +94,18 @@ def test_a_report_says_what_a_run_takes_and_costs():
     assert f"DOES NOT FIT: {2 << 30} bytes (2.00 GiB)" in text and "accumulate" in text
 
 
+def test_what_finds_no_room_is_said_in_bytes_with_what_helps():
+    compilers = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (18.25G) exceeds available HBM (15.75G)."
+    )
+    on = plan.chips.parse("v5e:4x4")
+    said = plan.no_room(compilers, on, ["a larger slice"])
+    assert f"{5 << 29} bytes (2.50 GiB) too many; what helps: a larger slice" in said
+    said = plan.no_room("RESOURCE_EXHAUSTED: all gone\nmore", on, ["less"])
+    assert said == "does not fit on v5e:4x4: all gone; what helps: less"
+
+
 def test_a_mesh_takes_what_is_left_as_data():
     cfg = stage1.get_config("13b")
     assert plan.parse_mesh("fsdp=4,tensor=2", cfg, 16) == dict(data=2, fsdp=4, tensor=2)

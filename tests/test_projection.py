@@ -126,7 +126,7 @@ def test_the_formula_prefers_what_fits_and_knows_what_does_not():
     )
     assert split.fits and 0.1 < split.mfu < 0.6
     cfg.remat = "none"
-    said = " ".join(projection.advice(one, cfg))
+    said = " ".join(projection.advice(one.mesh, cfg))
     assert "remat=block" in said and "accumulate=2" in said
 
 

@@ -51,6 +51,13 @@ def test_a_path_without_a_row_is_refused():
         sharding.spec("audio/kernel")
 
 
+def test_one_device_holds_all_of_towers_that_no_row_knows():
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    assert sharding.parameter_sharding("audio/kernel", (3, 5), alone).spec == P()
+    with pytest.raises(ConfigError, match="audio/kernel: no row"):
+        sharding.parameter_sharding("audio/kernel", (3, 5), sharding.make_mesh())
+
+
 def test_an_axis_that_does_not_divide_its_dimension_is_dropped():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
     path = "llama/blocks/attn/q/kernel"

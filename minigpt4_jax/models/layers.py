@@ -129,7 +129,7 @@ def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=Non
     ins, outs = kernel.shape[:axes], kernel.shape[axes:]
     rest = x.shape[: x.ndim - axes]
     # As matrices: a TPU's compiler makes convolutions of products over two dimensions,
-    # and one over heads and their features took four times as long.
+    # and of one over heads and their features a slow one.
     y = jax.lax.dot_general(
         x.astype(compute).reshape(*rest, math.prod(ins)),
         kernel.astype(compute).reshape(math.prod(ins), math.prod(outs)),

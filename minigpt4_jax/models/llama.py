@@ -281,7 +281,7 @@ def _gated_forward(gate_BTF, up_BTF):
 def _gated_backward(kept, cotangent_BTF):
     _, backward = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *kept)
     # Else a TPU's compiler computes both again for each tile of the products that read
-    # them, which costs more than writing them once: a 25th of a whole step.
+    # them, which costs more than writing them once.
     return jax.lax.optimization_barrier(backward(cotangent_BTF))
 
 
