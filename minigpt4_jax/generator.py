@@ -185,11 +185,10 @@ class Chat:
             stop=self._stop,
             seed=(self._seed + len(self.messages)) % 2**32,
         )
-        said = []
+        said: list[str] = []
         try:
             for event in self.generator.submit([request]):
-                if event.error is None:
-                    said.append(event.piece)
+                said = [] if event.error else [*said, event.piece]
                 yield event
         finally:
             if said:
