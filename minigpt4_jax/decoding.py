@@ -1,8 +1,9 @@
 """The compiled half of generation: encode images, read prompts, decode in chunks.
 
 Arrays of static shape in and out, nothing of text or requests. A is a token generated
-so far, E an end token, and "place" is a position of the cache. Rows are independent:
-each has its own prompt length, rules, key, end tokens and limit, and ends by itself.
+so far, E an end token, U one of the likeliest tokens, and "place" is a position of the
+cache. Rows are independent: each has its own prompt length, rules, key, end tokens and
+limit, and ends by itself.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from flax import nnx
 from minigpt4_jax import sampling
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
+from minigpt4_jax.request import TOP_LOGPROBS
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,11 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Rows being decoded. The last of a row's count_B tokens is not in the cache yet."""
+    """Rows being decoded. The last of a row's count_B tokens is not in the cache yet.
+
+    ids_BA: below 0 (request.FAILURES) where a row could not go on, which ended it.
+    top_ids_BAU, top_logprobs_BAU: of the likeliest tokens, where a row asks for them.
+    """
 
     cache: Cache
     controls: sampling.Controls
@@ -47,6 +53,8 @@ class Decoding:
     limit_B: jax.Array
     ids_BA: jax.Array
     logprobs_BA: jax.Array
+    top_ids_BAU: jax.Array
+    top_logprobs_BAU: jax.Array
     count_B: jax.Array
     done_B: jax.Array
 
@@ -108,6 +116,7 @@ def prefill(model, prompts: Prompts, image_BQD, *, places: int, budget: int):
     hidden_BTD, cache = model.llama(x_BTD, segments_BT, positions_BT, cache)
     last_B = jnp.maximum(prompts.length_B - 1, 0)
     last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    U = TOP_LOGPROBS
     empty = Decoding(
         cache=cache,
         controls=prompts.controls,
@@ -115,6 +124,8 @@ def prefill(model, prompts: Prompts, image_BQD, *, places: int, budget: int):
         limit_B=prompts.limit_B,
         ids_BA=jnp.zeros((B, budget), jnp.int32),
         logprobs_BA=jnp.zeros((B, budget), jnp.float32),
+        top_ids_BAU=jnp.zeros((B, budget, U), jnp.int32),
+        top_logprobs_BAU=jnp.zeros((B, budget, U), jnp.float32),
         count_B=jnp.zeros(B, jnp.int32),
         done_B=prompts.length_B == 0,
     )
@@ -154,24 +165,31 @@ def decode(model, decoding: Decoding, done_B, *, steps: int):
 def _extend(decoding: Decoding, logits_BV):
     """Choose a token for each row that is not done, and see which rows it ends."""
     token_B, logprob_B = sampling.choose(
-        logits_BV, decoding.controls, decoding.ids_BA, decoding.count_B
+        logits_BV,
+        decoding.controls,
+        decoding.ids_BA,
+        decoding.count_B,
+        decoding.end_ids_BE,
     )
+    top_ids_BU, top_logprobs_BU = sampling.likeliest(logits_BV, decoding.controls)
     B, A = decoding.ids_BA.shape
     place_B = jnp.where(decoding.done_B, A, decoding.count_B)
     put = functools.partial(_put, row_B=jnp.arange(B), place_B=place_B)
     count_B = jnp.where(decoding.done_B, decoding.count_B, decoding.count_B + 1)
-    ended_B = (token_B[:, None] == decoding.end_ids_BE).any(axis=1)
+    ended_B = (token_B[:, None] == decoding.end_ids_BE).any(axis=1) | (token_B < 0)
     return dataclasses.replace(
         decoding,
         ids_BA=put(decoding.ids_BA, token_B),
         logprobs_BA=put(decoding.logprobs_BA, logprob_B),
+        top_ids_BAU=put(decoding.top_ids_BAU, top_ids_BU),
+        top_logprobs_BAU=put(decoding.top_logprobs_BAU, top_logprobs_BU),
         count_B=count_B,
         done_B=decoding.done_B | ended_B | (count_B >= decoding.limit_B),
     )
 
 
-def _put(old_BA, new_B, *, row_B, place_B):
-    return old_BA.at[row_B, place_B].set(new_B, mode="drop")
+def _put(old, new, *, row_B, place_B):
+    return old.at[row_B, place_B].set(new, mode="drop")
 
 
 def insert(decoding: Decoding, new: Decoding, row_B):

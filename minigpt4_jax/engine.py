@@ -16,16 +16,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import decoding, sampling
+from minigpt4_jax import compat, decoding, sampling
 from minigpt4_jax.answer import Answer
 from minigpt4_jax.data.images import preprocess, read_image
-from minigpt4_jax.data.prompts import find_template, render
+from minigpt4_jax.data.prompts import find_template, render, without_oldest
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
 from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
-from minigpt4_jax.request import Event, Request, Usage
+from minigpt4_jax.request import STOP_IDS, Event, Message, Request, Sampling, Usage
 
 IMAGES_AT_ONCE = 8  # larger batches of images are split
 IMAGES_KEPT = 64  # embeddings of the images seen last
@@ -40,12 +40,16 @@ def bucket(size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A request that was checked: its prompt as ids, its images as pixels."""
+    """A request that was checked: its prompt as ids, its images as pixels.
+
+    Slots that are fewer than the images have are those of the last ones (compat.cut).
+    """
 
     request: Request
     ids: np.ndarray
     slots: np.ndarray
     pixels: tuple[np.ndarray, ...]
+    dropped_turns: int = 0
 
 
 @dataclasses.dataclass
@@ -101,21 +105,54 @@ class Engine:
 
     def prepare(self, request: Request) -> Prepared:
         """Read a request's images and lay out its prompt; raises InputError."""
+        _check_ids(request.sampling, self.cfg.llama.vocab_size)
         images = [image for message in request.messages for image in message.images]
         pixels = tuple(preprocess(read_image(i), self.cfg.vit) for i in images)
-        segments = render(self.template, request.messages)
-        ids, slots = lay_out(
-            segments, self.tokenizer, self.cfg.num_slots, num_images=len(images)
+        ids, slots, dropped = self._lay_out(request, len(images))
+        return Prepared(
+            request, np.array(ids, np.int32), np.array(slots), pixels, dropped
         )
+
+    def _lay_out(self, request: Request, num_images: int) -> tuple[list, list, int]:
+        """Ids, slots, and the number of messages left out for want of places."""
         answer, context = request.sampling.max_tokens, self.cfg.llama.max_positions
+
+        def laid_out(messages):
+            segments, slots = render(self.template, messages), self.cfg.num_slots
+            return lay_out(segments, self.tokenizer, slots, num_images=num_images)
+
+        def fits(messages):
+            return len(laid_out(messages)[0]) + answer <= context
+
+        messages: Sequence[Message] = request.messages
+        if request.overflow == "drop_oldest" and not fits(messages):
+            messages = without_oldest(messages, fits)
+        ids, slots = laid_out(messages)
+        if request.compat:
+            ids, slots = compat.cut(ids, slots, answer, context)
         if len(ids) + answer > context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens ({sum(slots)} of them for "
-                f"{len(images)} images) and the answer may have {answer}, which makes "
+                f"{num_images} images) and the answer may have {answer}, which makes "
                 f"{len(ids) + answer}; the model reads {context}: shorten the "
                 "conversation or lower max_tokens"
             )
-        return Prepared(request, np.array(ids, np.int32), np.array(slots), pixels)
+        return ids, slots, len(request.messages) - len(messages)
+
+    def end_ids(self, request: Request) -> tuple[int, ...]:
+        """Tokens that end its answers."""
+        if request.compat:
+            return compat.find_rules(self.template).end_ids
+        return (*self.tokenizer.eos_ids, *request.sampling.stop_ids)
+
+    def answer(self, request: Request) -> Answer:
+        """The text of one of its answers, empty yet."""
+        if request.compat:
+            stops = compat.find_rules(self.template).stops
+            return Answer(self.tokenizer, sequences=stops, whole=compat.said)
+        stop = (*request.stop, *self.template.stop)
+        starts = request.messages[-1].role == "user"
+        return Answer(self.tokenizer, stop=stop, starts=starts)
 
     def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
         """Events of all requests as they come; a request's own are in order.
@@ -159,17 +196,26 @@ class Engine:
             ids_BT[b, :count] = row.prepared.ids
             slots_BT[b, :count] = row.prepared.slots
             limit_B[b] = row.limit
-        rules = [
-            (row.prepared.request.sampling, row.prepared.request.seed, row.index)
-            for row in rows
-        ]
+        requests = [row.prepared.request for row in rows]
+        ends_BE = np.full((batch, len(self.tokenizer.eos_ids) + STOP_IDS), -1, np.int32)
+        first_B = np.full(batch, sampling.NONE, np.int32)
+        for b, request in enumerate(requests):
+            end_ids = self.end_ids(request)
+            ends_BE[b, : len(end_ids)] = end_ids
+            if request.compat:
+                first_B[b] = compat.find_rules(self.template).first_id
         prompts = decoding.Prompts(
             ids_BT=ids_BT,
             slots_BT=slots_BT,
             length_B=length_B,
-            end_ids_BE=np.tile(np.array(self.tokenizer.eos_ids, np.int32), (batch, 1)),
+            end_ids_BE=ends_BE,
             limit_B=limit_B,
-            controls=sampling.controls(rules, batch),
+            controls=sampling.controls(
+                [(r.sampling, r.seed, row.index) for r, row in zip(requests, rows)],
+                batch,
+                self.cfg.llama.vocab_size,
+                first_B,
+            ),
         )
         return self.programs.prefill(
             self.weights,
@@ -190,8 +236,11 @@ class Engine:
         shape = (batch, bucket(most) * Q, self.cfg.llama.width)
         image_BQD = np.zeros(shape, np.float32)
         for b, row in enumerate(rows):
+            cut = len(row.prepared.pixels) * Q - row.prepared.slots.sum()
             for i in range(len(row.prepared.pixels)):
                 image_BQD[b, i * Q : (i + 1) * Q] = next(embedded)
+            if cut:
+                image_BQD[b] = np.roll(image_BQD[b], -cut, axis=0)
         return image_BQD
 
 
@@ -234,10 +283,7 @@ class _Run:
                 self.waiting.append(self._row(request, index, began))
 
     def _row(self, prepared: Prepared, index: int, began: float) -> Row:
-        stop = (*prepared.request.stop, *self.engine.template.stop)
-        starts = prepared.request.messages[-1].role == "user"
-        answer = Answer(self.engine.tokenizer, stop=stop, starts=starts)
-        return Row(prepared, index, answer, began)
+        return Row(prepared, index, self.engine.answer(prepared.request), began)
 
     def _open(self) -> None:
         """Choose the shapes for the rows that wait; no row is running."""
@@ -289,9 +335,12 @@ class _Run:
 
     def _look(self, state: decoding.Decoding) -> Iterator[Event]:
         """Events of the tokens that are new; rows that ended give up their slots."""
-        ids_BA, logprobs_BA, count_B = jax.device_get(
-            (state.ids_BA, state.logprobs_BA, state.count_B)
-        )
+        parts = [state.ids_BA, state.logprobs_BA, state.count_B]
+        if any(
+            row and row.prepared.request.sampling.top_logprobs for row in self.slots
+        ):
+            parts += [state.top_ids_BAU, state.top_logprobs_BAU]
+        ids_BA, logprobs_BA, count_B, *tops = jax.device_get(parts)
         now = time.perf_counter()
         for b, row in enumerate(self.slots):
             if row is None or count_B[b] == row.answer.count:
@@ -299,14 +348,16 @@ class _Run:
             if row.first_token is None:
                 row.first_token = now
             new = slice(row.answer.count, int(count_B[b]))
-            yield self._event(row, ids_BA[b, new], logprobs_BA[b, new], now)
+            new_tops = [top_BAU[b, new] for top_BAU in tops]
+            yield self._event(row, ids_BA[b, new], logprobs_BA[b, new], new_tops, now)
             if row.answer.finish_reason:
                 self.slots[b] = None
 
-    def _event(self, row: Row, ids_A, logprobs_A, now: float) -> Event:
+    def _event(self, row: Row, ids_A, logprobs_A, tops: Sequence, now: float) -> Event:
+        """What its new tokens tell; `tops` is empty, or ids and logprobs of the likeliest."""
         answer, request = row.answer, row.prepared.request
         ids = ids_A.tolist()
-        taken = answer.push(ids, self.engine.tokenizer.eos_ids, row.limit)
+        taken = answer.push(ids, self.engine.end_ids(request), row.limit)
         event = functools.partial(
             Event,
             request_id=request.id,
@@ -315,6 +366,10 @@ class _Run:
             ids=tuple(ids[:taken]),
             logprobs=tuple(logprobs_A[:taken].tolist()),
         )
+        if k := request.sampling.top_logprobs:
+            ids_AU, logprobs_AU = (top_AU[:taken, :k].tolist() for top_AU in tops)
+            pairs = [tuple(zip(*likeliest)) for likeliest in zip(ids_AU, logprobs_AU)]
+            event = functools.partial(event, top_logprobs=tuple(pairs))
         if not answer.finish_reason:
             return event()
         usage = Usage(
@@ -322,5 +377,15 @@ class _Run:
             answer_tokens=answer.count,
             seconds_to_first_token=row.first_token - row.began,
             seconds=now - row.began,
+            dropped_turns=row.prepared.dropped_turns,
         )
-        return event(finish_reason=answer.finish_reason, usage=usage)
+        return event(
+            finish_reason=answer.finish_reason, usage=usage, error=answer.error
+        )
+
+
+def _check_ids(sampling: Sampling, vocabulary: int) -> None:
+    for name in ("banned_ids", "stop_ids"):
+        wrong = [token for token in getattr(sampling, name) if token >= vocabulary]
+        if wrong:
+            raise InputError(f"{name}: got {wrong[0]}, want ids below {vocabulary}")

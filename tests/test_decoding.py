@@ -33,7 +33,9 @@ def prompts(end_id: int = -1) -> decoding.Prompts:
         length_B=np.array(LENGTHS, np.int32),
         end_ids_BE=np.full((4, 1), end_id, np.int32),
         limit_B=np.array(LIMITS, np.int32),
-        controls=sampling.controls([(rule, 3, 0) for rule in RULES], 4),
+        controls=sampling.controls(
+            [(rule, 3, 0) for rule in RULES], 4, tiny.VOCABULARY
+        ),
     )
 
 

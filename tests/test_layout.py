@@ -105,11 +105,17 @@ ROOMS = (
         rf"{ERRORS}|{MODELS}|minigpt4_jax\.(optim|sharding)",
     ),
     (r"minigpt4_jax/answer", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
-    (r"minigpt4_jax/decoding", NET, rf"{ERRORS}|{MODELS}|minigpt4_jax\.sampling"),
+    (r"minigpt4_jax/compat", set(), rf"{ERRORS}|{DATA}"),
+    (
+        r"minigpt4_jax/decoding",
+        NET,
+        rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
+    ),
     (
         r"minigpt4_jax/engine",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(answer|decoding|sampling)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(answer|compat|decoding|sampling)",
     ),
     (
         r"minigpt4_jax/generator",
