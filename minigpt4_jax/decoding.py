@@ -197,7 +197,8 @@ def insert(decoding: Decoding, new: Decoding, row_B):
 
     def put(old, new, axis=0):
         rows = (slice(None),) * axis + (row_B,)
-        return old.at[rows].set(new, mode="drop")
+        at = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
+        return jax.tree.map(at, old, new)  # an Int8 has two arrays
 
     def put_kv(old, new):
         if isinstance(old, tuple):
