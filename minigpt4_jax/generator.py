@@ -6,19 +6,23 @@
 Everything here is thin over `submit`: requests in, events out (request.py).
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 
-from minigpt4_jax import checkpoint, locate
+from minigpt4_jax import checkpoint, locate, memory
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
 from minigpt4_jax.engine import Engine, Prepared
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+
+logger = logging.getLogger(__name__)
 
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
@@ -54,6 +58,9 @@ class Generator:
         name_or_path: str | Path = "demo",
         *,
         dtype: str | None = None,
+        quantize: str = "",
+        vision: str = "",
+        kv: str = "",
         batch_size: int = 8,
         chunk: int = 8,
     ) -> "Generator":
@@ -66,15 +73,23 @@ class Generator:
             name_or_path: a training work directory gives the model it trains with its
                 newest trainables; "WORKDIR@1000" with those of a step that it keeps.
             dtype: of weights and products; default float32 on CPU, else bfloat16.
+            quantize: "int8" or "int4" rounds the decoder's weights while they are read;
+                vision="int8" those of the ViT, kv="int8" the keys and values kept.
 
         Raises:
-            ConfigError: another dtype, or a batch_size or chunk below 1.
+            ConfigError: another dtype or quantisation, no room for the weights, or a batch_size or chunk below 1.
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
         dtypes = default_dtypes(dtype)
+        quantisation = Quantisation(quantize, vision, kv)
         path = checkpoint.resolve(name_or_path)
-        model = checkpoint.load_model(path, dtypes)
+        need = memory.needs(
+            checkpoint.read_config(path), dtypes, quantisation, batch=batch_size
+        )
+        logger.info("memory: %s", need)
+        with memory.told(need):
+            model = checkpoint.load_model(path, dtypes, quantisation=quantisation)
         tokenizer = load_tokenizer(
             checkpoint.base_directory(path),
             bos_id=model.cfg.bos_id,

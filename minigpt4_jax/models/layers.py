@@ -146,26 +146,30 @@ def linear(
         scale: of a kernel of whole numbers, as models/quantised.py made both.
     """
     compute = jnp.dtype(dtypes.compute)
-    if scale is not None:
-        kernel = quantised.when_there(kernel, x)
-    if kernel.dtype == jnp.uint8:
-        kernel, scale = quantised.unpacked(kernel, scale, compute), None
     rest, ins = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     outs = kernel.shape[axes:] if outs is None else outs
     columns = math.prod(outs)
-    blocks = kernel.shape[0] // ins if kernel.ndim == 2 else 1
-    # As matrices: a TPU's compiler makes convolutions of products over two dimensions,
-    # and of one over heads and their features a slow one.
-    shape = (ins, columns) if blocks < 2 else (blocks, ins, columns // blocks)
-    y = jax.lax.dot_general(
-        x.astype(compute).reshape(*rest, ins),
-        kernel.astype(compute).reshape(shape),
-        (((len(rest),), (len(shape) - 2,)), ((), ())),
-        preferred_element_type=out_dtype,
-    )
-    y = y.reshape(*rest, columns)
-    if scale is not None:
-        y = (y * scale.reshape(columns)).astype(y.dtype)
+    x = x.astype(compute).reshape(*rest, ins)
+
+    def multiply(x, kernel):
+        blocks = kernel.shape[0] // x.shape[-1] if kernel.ndim == 2 else 1
+        # As matrices: a TPU's compiler makes convolutions of products over two
+        # dimensions, and of one over heads and their features a slow one.
+        shape: tuple[int, ...] = (x.shape[-1], columns)
+        if blocks > 1:
+            shape = (blocks, x.shape[-1], columns // blocks)
+        y = jax.lax.dot_general(
+            x,
+            kernel.astype(compute).reshape(shape),
+            (((len(rest),), (len(shape) - 2,)), ((), ())),
+            preferred_element_type=out_dtype,
+        )
+        return y.reshape(*rest, columns)
+
+    if scale is None:
+        y = multiply(x, kernel)
+    else:
+        y = quantised.product(multiply, x, kernel, scale)
     y = checkpoint_name(y, PRODUCT).reshape(*rest, *outs)
     return y if bias is None else y + bias.astype(y.dtype)
 

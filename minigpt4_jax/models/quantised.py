@@ -7,6 +7,8 @@ are rounded once, when weights are loaded; activations stay floats.
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,21 +126,63 @@ def unpacked(kernel, scale, dtype):
     return (whole.astype(jnp.float32) * step + start).astype(dtype).reshape(-1, outs)
 
 
-def when_there(kernel, x):
-    """The same kernel of whole numbers, on a CPU not before x is known.
+FEW = 16  # rows that read a kernel; more are worth writing it as floats
+PIECE = 12e6  # bytes of floats that a CPU's caches hold
 
-    XLA:CPU multiplies floats only, and converts what does not depend on x at the start of
-    a program: all kernels, into memory of their own. Once each waits for its x, they are
-    converted one after another into the same few megabytes, which the caches hold.
+
+def product(multiply: Callable, x, kernel, scale):
+    """x [..., in] times a kernel of whole numbers.
+
+    XLA:CPU multiplies floats only. What it converts does not depend on x, so it does that
+    at the start of a program: all kernels, into memory of their own. So here a kernel
+    waits for its x, and a large one is converted and multiplied piece by piece; the
+    pieces follow one another through memory that stays in the caches.
+
+    Args:
+        multiply: (x, kernel of floats or int8) -> their product.
     """
+    rows, ins = math.prod(x.shape[:-1]), x.shape[-1]
 
-    def wait(kernel, x):
+    def whole(x, kernel, scale):
+        if kernel.dtype == jnp.uint8:
+            return multiply(x, unpacked(kernel, scale, x.dtype))
+        y = multiply(x, kernel)
+        return (y * scale.reshape(-1)).astype(y.dtype)
+
+    def waiting(x, kernel, scale):
         never = jax.lax.stop_gradient(x).ravel()[0] > 1e30
-        return kernel ^ never.astype(kernel.dtype)
+        return whole(x, kernel ^ never.astype(kernel.dtype), scale)
 
-    return jax.lax.platform_dependent(
-        kernel, x, cpu=wait, default=lambda kernel, x: kernel
-    )
+    pieces = 1 if rows > FEW else _pieces(ins, kernel, scale, x.dtype.itemsize)
+    cpu = functools.partial(_in_pieces, whole, pieces) if pieces > 1 else waiting
+    return jax.lax.platform_dependent(x, kernel, scale, cpu=cpu, default=whole)
+
+
+def _pieces(ins: int, kernel, scale, size: int) -> int:
+    """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
+    packed = kernel.dtype == jnp.uint8
+    if not packed and kernel.ndim == 2 and kernel.shape[0] > ins:
+        return 1  # in column blocks (sharding.held), for training
+    weights = kernel.size * (2 if packed else 1)
+    pairs = scale.shape[0] // 2 if packed else ins  # of groups; not to be cut
+    least = math.ceil(weights * size / PIECE)
+    return next((n for n in range(least, pairs + 1) if pairs % n == 0), 1)
+
+
+def _in_pieces(whole: Callable, pieces: int, x, kernel, scale):
+    packed = kernel.dtype == jnp.uint8
+    ins = x.shape[-1]
+    kernels = kernel.reshape(pieces, ins // pieces // (2 if packed else 1), -1)
+    scales = scale.reshape(pieces, -1, *scale.shape[1:]) if packed else None
+
+    def step(total, inputs):
+        i, kernel, own = inputs
+        part = jax.lax.dynamic_slice_in_dim(x, i * (ins // pieces), ins // pieces, -1)
+        return total + whole(part, kernel, scale if own is None else own), None
+
+    like = jax.eval_shape(whole, x, kernel, scale)
+    total = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.scan(step, total, (jnp.arange(pieces), kernels, scales))[0]
 
 
 @jax.tree_util.register_dataclass
