@@ -14,7 +14,7 @@ from typing import Any
 from minigpt4_jax.errors import InputError, unknown
 
 ROLES = ("system", "user", "assistant")
-FINISH_REASONS = ("stop", "length", "error")
+FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Event:
         piece: whole characters; joined pieces are the answer. Can be empty.
         ids: tokens behind this piece. A piece held back comes with a later event.
         logprobs: of `ids`, one each, before penalties and temperature, or none.
-        finish_reason: "stop" (end token or stop string), "length", "error", or None
-            while the answer goes on.
+        finish_reason: "stop" (end token or stop string), "length", "error", "cancelled",
+            or None while the answer goes on.
         error: one sentence when finish_reason is "error".
     """
 
