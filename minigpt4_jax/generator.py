@@ -8,6 +8,7 @@ Everything here is thin over `submit`: requests in, events out (request.py).
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -75,7 +76,7 @@ class Generator:
         name_or_path: str | Path = "demo",
         *,
         dtype: str | None = None,
-        **options,
+        **options: Any,
     ) -> "Generator":
         """The converted model "demo", another converted directory, or a training run.
 

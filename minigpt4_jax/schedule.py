@@ -161,10 +161,11 @@ class Schedule:
         more = (1 + self.shapes.chunk) * a_pass
         width = self.shapes.width(len(rows))
         places = self.shapes.room(max(row.needs(more) for row in rows) + a_pass)
-        if width < len(pool.rows) and (self.waiting or self.reading):
-            width = len(pool.rows)  # others come at once
-        if pool.places // 4 < places < pool.places and width == len(pool.rows):
-            places = pool.places  # moving costs more than it saves
+        if self.running:  # moving them costs more than a small gain
+            if width < len(pool.rows) and (self.waiting or self.reading):
+                width = len(pool.rows)
+            if pool.places // 4 < places < pool.places and width == len(pool.rows):
+                places = pool.places
         pool.fit(width, places)
 
     def _decode(self, steps: int) -> Iterator[Event]:

@@ -105,16 +105,40 @@ ROOMS = (
         rf"{ERRORS}|{MODELS}|minigpt4_jax\.(optim|sharding)",
     ),
     (r"minigpt4_jax/answer", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
-    (r"minigpt4_jax/decoding", NET, rf"{ERRORS}|{MODELS}|minigpt4_jax\.sampling"),
+    (
+        r"minigpt4_jax/decoding",
+        {*NET, "numpy"},
+        rf"{ERRORS}|{MODELS}|minigpt4_jax\.sampling",
+    ),
+    (r"minigpt4_jax/lru", set(), r""),
+    (r"minigpt4_jax/compilations", {"jax"}, r""),
+    (r"minigpt4_jax/pool", {"jax", "numpy"}, r"minigpt4_jax\.(decoding|sampling)"),
+    (
+        r"minigpt4_jax/reading",
+        {"jax", "numpy"},
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.(decoding|lru|pool|sampling)",
+    ),
+    (
+        r"minigpt4_jax/schedule",
+        set(),
+        rf"{REQUEST}|{DATA}|minigpt4_jax\.(answer|pool|reading)",
+    ),
     (
         r"minigpt4_jax/engine",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(answer|decoding|sampling)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(compilations|decoding|pool|reading|schedule)",
     ),
     (
         r"minigpt4_jax/generator",
         {"jax"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(checkpoint|engine|locate|reading)",
+    ),
+    (
+        r"minigpt4_jax/loop",
+        set(),
+        rf"{ERRORS}|{REQUEST}|minigpt4_jax\.(generator|reading)",
     ),
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (
@@ -157,7 +181,7 @@ ROOMS = (
         r"minigpt4_jax/task",
         {"jax", "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(step|engine|generator|features|sharding)",
+        r"minigpt4_jax\.(step|reading|generator|features|sharding)",
     ),
     (
         r"minigpt4_jax/looks",
