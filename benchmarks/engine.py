@@ -21,9 +21,10 @@ import numpy as np
 from absl import flags
 
 import minigpt4_jax
-from minigpt4_jax import compilations, errors
+from minigpt4_jax import compilations, decoding, errors
 from minigpt4_jax.data.images import read_image
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.pool import bucket
 from minigpt4_jax.request import GREEDY, Request, Sampling, user
 
 PHOTOS = Path(minigpt4_jax.__file__).parent / "assets/photos"
@@ -150,6 +151,7 @@ def second_question(generator: Generator, repeats: int) -> None:
 def look_up(plain: Generator, guessing: Generator, repeats: int) -> None:
     """Print what prompt look-up gains for answers that copy and for others."""
     kinds = {"copying": REPEATING, "captions": QUESTIONS[:3], "other": TEXTS}
+    drafts = guessing.engine.shapes.drafts
     for kind, questions in kinds.items():
         sampling = dataclasses.replace(GREEDY, max_tokens=64)
         images = [crop(0)] if kind == "captions" else []
@@ -163,11 +165,34 @@ def look_up(plain: Generator, guessing: Generator, repeats: int) -> None:
             fast, found = timed(guessing, in_turn, requests)
             ratios.append(slow / fast)
         tokens = sum(map(len, wanted.values()))
+        counts = [replay(plain, r, wanted[r.id], drafts) for r in requests]
+        passes, guessed, right = map(sum, zip(*counts))
         print(
             f"prompt look-up, {kind}: {statistics.median(ratios):.2f} times as fast "
-            f"({min(ratios):.2f} to {max(ratios):.2f}), {tokens} tokens, "
-            f"the same: {found == wanted}"
+            f"({min(ratios):.2f} to {max(ratios):.2f}); {tokens} tokens in {passes} "
+            f"passes, {right} of {guessed} guesses right; the same: {found == wanted}"
         )
+
+
+def replay(
+    generator: Generator, request: Request, answer: Sequence[int], drafts: int
+) -> tuple[int, int, int]:
+    """Forward passes, guesses and right guesses on the way to a known answer."""
+    prepared = generator.prepare(request)
+    prompt = np.where(prepared.slots, -1, prepared.ids).tolist()
+    tokens_1S = np.zeros((1, bucket(len(prompt) + len(answer))), np.int32)
+    tokens_1S[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+    done = passes = guessed = right = 0
+    while done < len(answer):
+        length_1 = np.array([len(prompt) + done - 1])
+        draft = decoding.look_up(tokens_1S, length_1, drafts)[0].tolist()
+        draft = draft[: draft.index(-1)] if -1 in draft else draft
+        draft = draft[: len(answer) - done - 1]
+        same = [a == b for a, b in zip(draft, answer[done:])]
+        taken = same.index(False) if False in same else len(same)
+        passes, guessed, right = passes + 1, guessed + len(draft), right + taken
+        done += taken + 1
+    return passes, guessed, right
 
 
 def main(argv: list[str]) -> None:

@@ -153,16 +153,25 @@ def decode(model, decoding: Decoding, done_B, steps, *, drafts: int = 0) -> Deco
 
     def advance(carry):
         step, decoding = carry
-        return step + 1, _advance(model, decoding, drafts)
+        draft_BT = look_up(decoding.tokens_BS, decoding.cache.length_B, drafts)
+        if not drafts:
+            return step + 1, _advance(model, decoding, draft_BT)
+        # A pass without a guess is a third shorter on a CPU, where products count.
+        decoding = jax.lax.cond(
+            ((draft_BT >= 0) & ~decoding.done_B[:, None]).any(),
+            lambda: _advance(model, decoding, draft_BT),
+            lambda: _advance(model, decoding, draft_BT[:, :0]),
+        )
+        return step + 1, decoding
 
     return jax.lax.while_loop(unfinished, advance, (0, decoding))[1]
 
 
-def _advance(model, decoding: Decoding, drafts: int) -> Decoding:
-    """One forward pass over each row's next token and its drafts."""
+def _advance(model, decoding: Decoding, draft_BT) -> Decoding:
+    """One forward pass over each row's next token and its drafts (-1: none)."""
+    drafts = draft_BT.shape[1]
     length_B, before_B = decoding.cache.length_B, decoding.count_B
     next_B1 = jnp.take_along_axis(decoding.tokens_BS, length_B[:, None], axis=1)
-    draft_BT = look_up(decoding.tokens_BS, length_B, drafts)
     ids_BT = jnp.concatenate([next_B1, draft_BT], axis=1)
     x_BTD = model.llama.embed(jnp.maximum(ids_BT, 0))
     first_BD = jnp.where(next_B1 < 0, decoding.slot_BD.astype(x_BTD.dtype), x_BTD[:, 0])
