@@ -64,6 +64,8 @@ class Programs:
     """The compiled programs of one model; `weights` is `nnx.state(model)` in each.
 
     encode(weights, pixels_BHWC) -> image_BQD
+    new_cache(weights, batch=, places=) -> Cache
+    read(weights, cache, ids_BT, slots_BT, used_B, image_BQD) -> Cache
     prefill(weights, prompts, image_BQD, places=, budget=) -> Decoding, one token a row
     decode(weights, decoding, done_B, steps=) -> Decoding, at most `steps` tokens more;
         stops early when all rows are done; donates its argument
@@ -72,6 +74,8 @@ class Programs:
     """
 
     encode: Callable
+    new_cache: Callable
+    read: Callable
     prefill: Callable
     decode: Callable
     insert: Callable
@@ -88,6 +92,11 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
 
     return Programs(
         encode=jax.jit(bind(encode)),
+        new_cache=jax.jit(
+            bind(lambda model, *, batch, places: model.llama.new_cache(batch, places)),
+            static_argnames=("batch", "places"),
+        ),
+        read=jax.jit(bind(read)),
         prefill=jax.jit(bind(prefill), static_argnames=("places", "budget")),
         decode=jax.jit(bind(decode), static_argnames="steps", donate_argnums=1),
         insert=jax.jit(insert, donate_argnums=0),
@@ -97,6 +106,22 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
 def encode(model, pixels_BHWC):
     """Pixels -> float32 image embeddings."""
     return model.encode_image(pixels_BHWC).astype(jnp.float32)
+
+
+def read(model, cache: Cache, ids_BT, slots_BT, used_B, image_BQD) -> Cache:
+    """Append a piece of each row's prompt to its cache.
+
+    Args:
+        ids_BT, slots_BT: the pieces, padded behind to T; T places must be free.
+        used_B: their lengths.
+        image_BQD: what goes into the slots, in order; None where there are none.
+    """
+    T = ids_BT.shape[1]
+    positions_BT = cache.length_B[:, None] + jnp.arange(T)
+    segments_BT = jnp.where(jnp.arange(T) < used_B[:, None], BRANCHES, 0)
+    x_BTD = model.embed_prompt(ids_BT, slots_BT, image_BQD)
+    _, cache = model.llama(x_BTD, segments_BT, positions_BT, cache)
+    return cache
 
 
 def prefill(model, prompts: Prompts, image_BQD, *, places: int, budget: int):

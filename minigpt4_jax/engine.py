@@ -23,9 +23,10 @@ from minigpt4_jax.data.prompts import find_template, render, without_oldest
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
-from minigpt4_jax.models.llama import Llama
+from minigpt4_jax.models.llama import Cache, Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.request import STOP_IDS, Event, Message, Request, Sampling, Usage
+from minigpt4_jax.searches import Job, Searcher
 
 IMAGES_AT_ONCE = 8  # larger batches of images are split
 IMAGES_KEPT = 64  # embeddings of the images seen last
@@ -52,7 +53,7 @@ class Prepared:
     dropped_turns: int = 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
     """One answer on its way."""
 
@@ -65,6 +66,10 @@ class Row:
     @property
     def limit(self) -> int:
         return self.prepared.request.sampling.max_tokens
+
+    @property
+    def searched(self) -> bool:
+        return self.prepared.request.sampling.num_beams > 1
 
     @property
     def places(self) -> int:
@@ -101,6 +106,8 @@ class Engine:
         self.chunk = chunk
         graphdef, self.weights = nnx.split(model)
         self.programs = decoding.programs(graphdef)
+        vocabulary = self.cfg.llama.vocab_size
+        self.searcher = Searcher(graphdef, self.weights, tokenizer, vocabulary)
         self._embeddings: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     def prepare(self, request: Request) -> Prepared:
@@ -181,6 +188,25 @@ class Engine:
             self._embeddings.popitem(last=False)
         return [found[key] for key in keys]
 
+    def read(self, prompts: Sequence[Prepared], batch: int) -> Cache:
+        """A cache of `batch` rows with the prompts but for their last tokens.
+
+        It has places left for them.
+        """
+        places = bucket(max(len(prepared.ids) for prepared in prompts))
+        ids_BT = np.zeros((batch, places), np.int32)
+        slots_BT = np.zeros((batch, places), bool)
+        used_B = np.zeros(batch, np.int32)
+        for b, prepared in enumerate(prompts):
+            used_B[b] = used = len(prepared.ids) - 1
+            ids_BT[b, :used] = prepared.ids[:used]
+            slots_BT[b, :used] = prepared.slots[:used]
+        cache = self.programs.new_cache(self.weights, batch=batch, places=places)
+        image_BQD = self._image_embeddings(prompts, batch)
+        return self.programs.read(
+            self.weights, cache, ids_BT, slots_BT, used_B, image_BQD
+        )
+
     def prefill(
         self, rows: Sequence[Row], batch: int, places: int, budget: int
     ) -> decoding.Decoding:
@@ -219,24 +245,26 @@ class Engine:
         return self.programs.prefill(
             self.weights,
             prompts,
-            self._image_embeddings(rows, batch),
+            self._image_embeddings([row.prepared for row in rows], batch),
             places=places,
             budget=budget,
         )
 
-    def _image_embeddings(self, rows: Sequence[Row], batch: int) -> np.ndarray | None:
-        """Embeddings of each row's images in order, zeros behind; None without images."""
-        most = max(len(row.prepared.pixels) for row in rows)
+    def _image_embeddings(
+        self, prompts: Sequence[Prepared], batch: int
+    ) -> np.ndarray | None:
+        """Embeddings of each one's images in order, zeros behind; None without images."""
+        most = max(len(prepared.pixels) for prepared in prompts)
         if most == 0:
             return None
-        pixels = [image for row in rows for image in row.prepared.pixels]
+        pixels = [image for prepared in prompts for image in prepared.pixels]
         embedded = iter(self.embed_images(pixels))
         Q = self.cfg.num_slots
         shape = (batch, bucket(most) * Q, self.cfg.llama.width)
         image_BQD = np.zeros(shape, np.float32)
-        for b, row in enumerate(rows):
-            cut = len(row.prepared.pixels) * Q - row.prepared.slots.sum()
-            for i in range(len(row.prepared.pixels)):
+        for b, prepared in enumerate(prompts):
+            cut = len(prepared.pixels) * Q - prepared.slots.sum()
+            for i in range(len(prepared.pixels)):
                 image_BQD[b, i * Q : (i + 1) * Q] = next(embedded)
             if cut:
                 image_BQD[b] = np.roll(image_BQD[b], -cut, axis=0)
@@ -258,6 +286,9 @@ class _Run:
         while True:
             yield from self._pull()
             if self.waiting and not any(self.slots):
+                if self.waiting[0].searched:
+                    yield from self._search()
+                    continue
                 self._open()
             yield from self._join()
             if any(self.slots):
@@ -278,7 +309,9 @@ class _Run:
             except InputError as error:
                 yield Event(request.id, finish_reason="error", error=str(error))
                 continue
-            for index in range(request.request.n):
+            # One row for all answers of a beam search.
+            searched = request.request.sampling.num_beams > 1
+            for index in range(1 if searched else request.request.n):
                 self.waiting.append(self._row(request, index, began))
 
     def _row(self, prepared: Prepared, index: int, began: float) -> Row:
@@ -286,7 +319,7 @@ class _Run:
 
     def _open(self) -> None:
         """Choose the shapes for the rows that wait; no row is running."""
-        rows = list(self.waiting)[: self.engine.slots]
+        rows = [row for row in self.waiting if not row.searched][: self.engine.slots]
         self.slots = [None] * min(bucket(len(rows)), self.engine.slots)
         self.budget = bucket(max(row.limit for row in rows))
         longest = max(len(row.prepared.ids) for row in rows)
@@ -320,7 +353,41 @@ class _Run:
             self.slots[b] = row
         yield from self._look(self.decoding)
 
+    def _search(self) -> Iterator[Event]:
+        """Beam searches of the first row in line and of others like it.
+
+        As many as fill the slots with beams. Rows behind wait until they end.
+        """
+        jobs = [(row, self._job(row)) for row in self.waiting if row.searched]
+        kind = jobs[0][1].kind
+        most = max(1, self.engine.slots // kind[0])
+        group = [(row, job) for row, job in jobs if job.kind == kind][:most]
+        for row, _ in group:
+            self.waiting.remove(row)
+        cache = self.engine.read([row.prepared for row, _ in group], bucket(len(group)))
+        for events in self.engine.searcher.run(
+            [job for _, job in group],
+            cache,
+            budget=bucket(max(row.limit for row, _ in group)),
+            chunk=self.engine.chunk,
+        ):
+            yield from events
+
+    def _job(self, row: Row) -> Job:
+        prepared, request, engine = row.prepared, row.prepared.request, self.engine
+        return Job(
+            request,
+            prepared.ids,
+            engine.end_ids(request),
+            (*request.stop, *engine.template.stop),
+            tuple(engine.answer(request) for _ in range(request.n)),
+            row.began,
+            prepared.dropped_turns,
+        )
+
     def _fits(self, row: Row) -> bool:
+        if row.searched:
+            return False
         places = max(row.places, bucket(len(row.prepared.ids)))
         return row.limit <= self.budget and places <= self.places
 
