@@ -20,6 +20,7 @@ from flax import nnx
 
 from minigpt4_jax import sampling
 from minigpt4_jax.data.stops import FOUND
+from minigpt4_jax.decoding import spread
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
 
@@ -119,7 +120,8 @@ def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Sea
     Args:
         cache: of B rows, the prompts but for their last token.
         last_B: those last tokens.
-        budget: A, at least the largest limit.
+        budget: A, at least the largest limit. As many places are needed behind the
+            prompts: for their last token, and for an answer's without its own last.
     """
     B = len(last_B)
     row_R = jnp.repeat(jnp.arange(B), beams)
@@ -127,11 +129,11 @@ def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Sea
         ids_BJA=jnp.zeros((B, beams, budget), jnp.int32),
         logprobs_BJA=jnp.zeros((B, beams, budget), jnp.float32),
         count_BJ=jnp.zeros((B, beams), jnp.int32),
-        score_BJ=jnp.full((B, beams), DEAD),
+        score_BJ=jnp.full((B, beams), DEAD, jnp.float32),
         state_BJ=jnp.broadcast_to(rules.state_B[:, None], (B, beams)),
     )
     return Search(
-        cache=_spread(cache, row_R, budget),
+        cache=spread(cache, row_R, budget),
         rules=rules,
         controls=jax.tree.map(lambda x_B: x_B[row_R], rules.controls),
         last_R=last_B[row_R],
@@ -141,28 +143,6 @@ def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Sea
         found=nothing,
         failed_B=jnp.zeros(B, bool),
         open_B=rules.limit_B > 0,
-    )
-
-
-def _spread(cache: Cache, row_R, budget: int) -> Cache:
-    """The rows `row_R` of a cache, with `budget` places behind all of them.
-
-    They are for the prompt's last token and all of the answer but its own last.
-    """
-
-    def take(x, axis):
-        more = [(0, 0)] * x.ndim
-        more[axis + 1] = (0, budget)
-        return jnp.pad(jnp.take(x, row_R, axis=axis), more)
-
-    k, v = jax.tree.map(lambda x: take(x, x.ndim - 4), (cache.k, cache.v))
-    places = cache.segments_BS.shape[1]
-    return Cache(
-        k=k,
-        v=v,
-        segments_BS=take(cache.segments_BS, 0),
-        positions_BS=take(cache.positions_BS, 0),
-        length_B=jnp.full(len(row_R), places, jnp.int32),
     )
 
 

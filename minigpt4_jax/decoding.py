@@ -124,6 +124,28 @@ def read(model, cache: Cache, ids_BT, slots_BT, used_B, image_BQD) -> Cache:
     return cache
 
 
+def spread(cache: Cache, row_R, places: int) -> Cache:
+    """The rows `row_R` of a cache with more places, of which the next ones are the first.
+
+    What comes next so begins at the same place in all rows, however long they are.
+    """
+
+    def take(x, axis):
+        more = [(0, 0)] * x.ndim
+        more[axis + 1] = (0, places)
+        return jnp.pad(jnp.take(x, row_R, axis=axis), more)
+
+    k, v = jax.tree.map(lambda x: take(x, x.ndim - 4), (cache.k, cache.v))
+    full = cache.segments_BS.shape[1]
+    return Cache(
+        k=k,
+        v=v,
+        segments_BS=take(cache.segments_BS, 0),
+        positions_BS=take(cache.positions_BS, 0),
+        length_B=jnp.full(len(row_R), full, jnp.int32),
+    )
+
+
 def prefill(model, prompts: Prompts, image_BQD, *, places: int, budget: int):
     """Read prompts and choose the first token of each row.
 

@@ -19,6 +19,7 @@ from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.score import Score, score
 
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
@@ -114,6 +115,27 @@ class Generator:
             [user(prompt, *_images(image))], sampling=sampling, stop=stop, seed=seed
         )
         return _pieces(self.submit([request]))
+
+    def score(
+        self,
+        image: Images,
+        prompt: str,
+        answers: Sequence[str],
+        *,
+        end: bool = True,
+    ) -> list[Score]:
+        """How likely each of the answers is; the image and the prompt are read once.
+
+        Args:
+            answers: of any number and length.
+            end: whether an answer's end is scored with it, as the last of its tokens:
+                the likelihood of this answer and no more. False: of any answer that
+                begins so, as where answers are choices such as "A" and "B".
+
+        Raises:
+            InputError: an image cannot be read, an answer does not fit, or has no token.
+        """
+        return score(self._engine, [user(prompt, *_images(image))], answers, end=end)
 
     def chat(
         self,

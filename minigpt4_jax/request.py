@@ -137,7 +137,9 @@ class Sampling:
         _check_number(
             "length_penalty", self.length_penalty, "that is finite", lambda _: True
         )
-        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+        if not (
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        ):
             raise InputError(
                 f"early_stopping: got {self.early_stopping!r}, want True, False or 'never'"
             )

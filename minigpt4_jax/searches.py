@@ -17,7 +17,7 @@ from minigpt4_jax.answer import Answer
 from minigpt4_jax.data.stops import Stops, stops, vocabulary
 from minigpt4_jax.data.tokens import Tokenizer
 from minigpt4_jax.models.llama import Cache
-from minigpt4_jax.request import FAILURES, NONE_LEFT, NOT_FINITE, Event, Request, Usage
+from minigpt4_jax.request import NONE_LEFT, NOT_FINITE, Event, Request, Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Job:
 class Searcher:
     """Searches with one model."""
 
-    def __init__(self, graphdef: nnx.GraphDef, weights, tokenizer: Tokenizer, size: int):
+    def __init__(
+        self, graphdef: nnx.GraphDef, weights, tokenizer: Tokenizer, size: int
+    ):
         """Args: size of the model's vocabulary."""
         self._programs = beam.programs(graphdef)
         self._weights = weights
@@ -111,7 +113,9 @@ class Searcher:
                 [*(job.end_ids for job in jobs), *[jobs[0].end_ids] * spare], np.int32
             ),
             limit_B=column([rule.max_tokens for rule in rules], np.int32),
-            length_penalty_B=column([rule.length_penalty for rule in rules], np.float32),
+            length_penalty_B=column(
+                [rule.length_penalty for rule in rules], np.float32
+            ),
             early_B=column([beam.EARLY[r.early_stopping] for r in rules], np.int32),
             next_SV=table.next_SV,
             state_B=column(states, np.int32),

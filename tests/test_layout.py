@@ -112,15 +112,31 @@ ROOMS = (
         rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
     ),
     (
+        r"minigpt4_jax/beam",
+        NET,
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.data\.stops|"
+        r"minigpt4_jax|minigpt4_jax\.(decoding|sampling)",
+    ),
+    (
+        r"minigpt4_jax/searches",
+        {*NET, "numpy"},
+        rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\.(answer|beam|sampling)",
+    ),
+    (
+        r"minigpt4_jax/score",
+        {*NET, "numpy"},
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine)",
+    ),
+    (
         r"minigpt4_jax/engine",
         {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(answer|compat|decoding|sampling)",
+        r"minigpt4_jax\.(answer|compat|decoding|sampling|searches)",
     ),
     (
         r"minigpt4_jax/generator",
         {"jax"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate|score)",
     ),
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (
