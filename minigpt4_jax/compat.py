@@ -16,7 +16,6 @@ hidden top-k of 50 among them, are those of `Sampling`. Texts of users are still
 markup, and draws come from our keys.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minigpt4_jax.data.prompts import Template
@@ -57,8 +56,8 @@ def find_rules(template: Template) -> Rules:
 
 
 def cut(
-    ids: Sequence[int], slots: Sequence[bool], answer: int, context: int
-) -> tuple[Sequence[int], Sequence[bool]]:
+    ids: list[int], slots: list[bool], answer: int, context: int
+) -> tuple[list[int], list[bool]]:
     """Ids and slots without what stands too far left for an answer of that many tokens.
 
     A place of an image can lose its first slots.

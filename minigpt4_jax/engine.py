@@ -115,11 +115,18 @@ class Engine:
         _check_ids(request.sampling, self.cfg.llama.vocab_size)
         images = [image for message in request.messages for image in message.images]
         pixels = tuple(preprocess(read_image(i), self.cfg.vit) for i in images)
+        ids, slots, dropped = self._lay_out(request, len(images))
+        return Prepared(
+            request, np.array(ids, np.int32), np.array(slots), pixels, dropped
+        )
+
+    def _lay_out(self, request: Request, num_images: int) -> tuple[list, list, int]:
+        """Ids, slots, and the number of messages left out for want of places."""
         answer, context = request.sampling.max_tokens, self.cfg.llama.max_positions
 
         def laid_out(messages):
             segments, slots = render(self.template, messages), self.cfg.num_slots
-            return lay_out(segments, self.tokenizer, slots, num_images=len(images))
+            return lay_out(segments, self.tokenizer, slots, num_images=num_images)
 
         def fits(messages):
             return len(laid_out(messages)[0]) + answer <= context
@@ -133,17 +140,11 @@ class Engine:
         if len(ids) + answer > context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens ({sum(slots)} of them for "
-                f"{len(images)} images) and the answer may have {answer}, which makes "
+                f"{num_images} images) and the answer may have {answer}, which makes "
                 f"{len(ids) + answer}; the model reads {context}: shorten the "
                 "conversation or lower max_tokens"
             )
-        return Prepared(
-            request,
-            np.array(ids, np.int32),
-            np.array(slots),
-            pixels,
-            dropped_turns=len(request.messages) - len(messages),
-        )
+        return ids, slots, len(request.messages) - len(messages)
 
     def end_ids(self, request: Request) -> tuple[int, ...]:
         """Tokens that end its answers."""

@@ -144,9 +144,22 @@ class Generator:
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
         seed: int = 0,
+        overflow: str = "error",
+        compat: str | None = None,
     ) -> "Chat":
-        """A conversation; its defaults are the reference's (temperature 1, top-p 0.9)."""
-        return Chat(self, system=system, sampling=sampling, stop=stop, seed=seed)
+        """A conversation; its defaults are the reference's (temperature 1, top-p 0.9).
+
+        `Request` tells what `overflow` and `compat` do.
+        """
+        return Chat(
+            self,
+            system=system,
+            sampling=sampling,
+            stop=stop,
+            seed=seed,
+            overflow=overflow,
+            compat=compat,
+        )
 
     def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
         """Events of all requests as they come; a request's own are in order.
@@ -177,11 +190,15 @@ class Chat:
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
         seed: int = 0,
+        overflow: str = "error",
+        compat: str | None = None,
     ):
         self.generator = generator
         self.sampling = sampling
         self._stop = tuple(stop)
         self._seed = seed
+        self._overflow = overflow
+        self._compat = compat
         self._system = [] if system is None else [Message("system", system)]
         self.messages: list[Message] = []
         self.reset()
@@ -206,6 +223,8 @@ class Chat:
             sampling=self.sampling,
             stop=self._stop,
             seed=(self._seed + len(self.messages)) % 2**32,
+            overflow=self._overflow,
+            compat=self._compat,
         )
         said: list[str] = []
         try:

@@ -3,9 +3,9 @@
 Each row goes by its own rules; their order and meaning are Hugging Face's
 (`LogitsProcessorList` of generate), which the reference inherits, and OpenAI's for the
 two penalties that Hugging Face lacks. Randomness is a function of the request's seed and
-the token's number alone, so neither the batch nor the place in it changes a draw. A rule
-that no row asks for costs nothing. A is a token generated so far, E an end token, U one
-of the likeliest tokens.
+the token's number alone, so neither the batch nor the place in it changes a draw. What no
+row asks for is not computed. A is a token generated so far, E an end token, U one of the
+likeliest tokens.
 """
 
 import dataclasses

@@ -178,10 +178,10 @@ def test_rows_with_other_rules_have_the_probabilities_they_have_alone():
 
 
 def test_top_1_equals_greedy():
-    logits_BV = random_logits(5)
+    logits_BV = random_logits(6)
     top_1 = Sampling(temperature=2.0, top_k=1, top_p=1.0, repetition_penalty=1.0)
-    token_B, _ = choose([(top_1, seed, 0) for seed in range(5)], logits_BV)
-    greedy_B, _ = choose([(GREEDY, 0, 0)] * 5, logits_BV)
+    token_B, _ = choose([(top_1, seed, 0) for seed in range(6)], logits_BV)
+    greedy_B, _ = choose([(GREEDY, 0, 0)] * 6, logits_BV)
     assert token_B.tolist() == greedy_B.tolist() == logits_BV.argmax(-1).tolist()
 
 
@@ -214,9 +214,9 @@ def test_a_row_whose_rules_leave_no_token_says_so():
         PLAIN, banned_ids=[i for i in range(V) if i not in ENDS], min_tokens=1
     )
     rules = [(rule, 0, 0) for rule in (none, most, ended, GREEDY)]
-    token_B, _ = choose(rules, random_logits(4))
+    token_B, _ = choose(rules, random_logits(6))
     assert token_B[:3].tolist() == [NONE_LEFT, V - 1, NONE_LEFT]
-    assert token_B[3] == random_logits(4)[3].argmax()
+    assert token_B[3] == random_logits(6)[3].argmax()
 
 
 @pytest.mark.parametrize("name", ["all", "min_p", "temperature"])
@@ -291,8 +291,9 @@ def test_the_penalty_counts_generated_tokens_only():
 
 
 def test_logprobs_are_those_of_the_logits_before_any_rule():
-    logits_BV = random_logits(len(RULES))
-    token_B, logprob_B = choose([(r, 0, 0) for r in RULES.values()], logits_BV)
+    logits_BV, ids_BA = random_logits(len(RULES)), some_ids(len(RULES))
+    rules = [(rule, 0, 0) for rule in RULES.values()]
+    token_B, logprob_B = choose(rules, logits_BV, ids_BA)
     wanted_BV = jax.nn.log_softmax(logits_BV)
     wanted_B = np.asarray(wanted_BV)[np.arange(len(RULES)), np.asarray(token_B)]
     np.testing.assert_allclose(logprob_B, wanted_B, atol=1e-5)
