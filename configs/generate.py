@@ -9,13 +9,21 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     cfg = ConfigDict()
-    cfg.temperature = 0.0  # 0: greedy, whatever the next two say
+    cfg.temperature = 0.0  # 0: greedy, whatever the next three say
     cfg.top_k = 0  # 0: all tokens
     cfg.top_p = 1.0  # 1: all tokens
+    cfg.min_p = 0.0  # least share of the likeliest token's probability; 0: all tokens
     cfg.repetition_penalty = 1.0  # over generated tokens only; 1: none
+    cfg.presence_penalty = 0.0  # taken from the logit of what was generated; 0: none
+    cfg.frequency_penalty = 0.0  # the same, for each time it was generated
+    cfg.no_repeat_ngram = 0  # no sequence of so many tokens comes twice; 0: any may
+    cfg.min_tokens = 0  # before an end token may come
     cfg.max_tokens = 128  # of an answer; decoding costs more memory the larger it is
+    cfg.banned_ids = ()  # tokens that are never chosen
+    cfg.stop_ids = ()  # tokens that end an answer, besides the model's own
     cfg.stop = ()  # strings that end an answer, besides the template's own
     cfg.seed = 0  # of every photo's answer; no effect when greedy
+    cfg.compat = ""  # "reference": exactly as the original (minigpt4_jax/compat.py)
     cfg.batch_size = 16  # answers decoded together
     cfg.chunk = 8  # tokens between two looks of the host
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16

@@ -240,7 +240,7 @@ EVAL = (
     later("evaluation_datasets.*.img_path", "--images names the folder"),
     later("run.num_beams", "no beam search", equals(1)),
     later("run.length_penalty", "of beam search", equals(1)),
-    later("run.min_length", "an answer ends where the model ends it", equals(0, 1)),
+    mapped("run.min_length", "min_tokens"),
     dropped("run.name", "names the output; see --out"),
     dropped("run.save_path", "--out"),
 )

@@ -217,6 +217,7 @@ def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
         for key in (f"evaluation_datasets.{name}.batch_size" for name in sets)
         if key in values
     ]
+    least = whole({"run.min_length": 1, **values}, "run.min_length")
     if len(lengths) > 1:
         raise ConfigError(
             f"evaluation_datasets: max_new_tokens of {sorted(lengths)}; a config here "
@@ -226,10 +227,18 @@ def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
         temperature=0.0 if sets else 1.0,
         top_k=0 if sets else 50,
         top_p=1.0 if sets else 0.9,
+        min_p=0.0,
         repetition_penalty=1.0 if sets else 1.05,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        no_repeat_ngram=0,
+        min_tokens=max(0, least - 1),
         max_tokens=lengths.pop() if sets else 300,
+        banned_ids=(),
+        stop_ids=(),
         stop=(),
         seed=0,
+        compat="",
         batch_size=min(batches, default=16),
         chunk=8,
         dtype="",
@@ -239,6 +248,7 @@ def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
         if sets
         else "of the reference's demo, as what follows",
         "top_k": "0: all tokens" if sets else "the demo inherits it from Hugging Face",
+        "min_tokens": "of the reference's minimum its dummy first id is one",
         "max_tokens": "of an answer",
         "stop": "strings that end an answer, besides the template's own",
         "batch_size": "answers decoded together; they do not depend on it",

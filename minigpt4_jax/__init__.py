@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigpt4_jax.models.layers import Capture, DTypes
     from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from minigpt4_jax.request import Event, Message, Request, Sampling, Usage
+    from minigpt4_jax.score import Score
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "MiniGPT4Error",
     "Request",
     "Sampling",
+    "Score",
     "Usage",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "models.layers": ("Capture", "DTypes"),
     "models.minigpt4": ("MiniGPT4", "MiniGPT4Config"),
     "request": ("Event", "Message", "Request", "Sampling", "Usage"),
+    "score": ("Score",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -44,7 +44,13 @@ def main(argv: list[str]) -> None:
     greedy = dataclasses.replace(
         sampling, temperature=0.0, repetition_penalty=1.0, top_k=0, top_p=1.0
     )
-    chat = generator.chat(sampling=greedy, stop=cfg.stop, seed=cfg.seed)
+    chat = generator.chat(
+        sampling=greedy,
+        stop=cfg.stop,
+        seed=cfg.seed,
+        overflow="error" if cfg.compat else cfg.overflow,
+        compat=cfg.compat or None,
+    )
     prompt = args.prompt or PROMPT
     logger.info("About %s:", source)
     say(chat, prompt, image)
@@ -106,6 +112,8 @@ def say(chat: Chat, text: str, image=None) -> None:
     print(flush=True)
     if usage:
         logger.info(speed(usage))
+    if usage and usage.dropped_turns:
+        logger.info("The oldest %d turns did not fit any more.", usage.dropped_turns)
 
 
 def speed(usage: Usage) -> str:

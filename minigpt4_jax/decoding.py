@@ -1,8 +1,9 @@
 """The compiled half of generation: encode images, read prompts, decode in chunks.
 
 Arrays of static shape in and out, nothing of text or requests. A is a token generated
-so far, E an end token, and "place" is a position of the cache. Rows are independent:
-each has its own prompt length, rules, key, end tokens and limit, and ends by itself.
+so far, E an end token, U one of the likeliest tokens, and "place" is a position of the
+cache. Rows are independent: each has its own prompt length, rules, key, end tokens and
+limit, and ends by itself.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from flax import nnx
 from minigpt4_jax import sampling
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
+from minigpt4_jax.request import TOP_LOGPROBS
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +31,9 @@ class Decoding:
     end_ids_BE: tokens that end the row.
     limit_B: tokens to generate at most, at least 1.
     slot_BD: the image embedding to be read next in a row where that is at a slot.
-    ids_BA, logprobs_BA: the count_B[b] tokens of the answer.
+    ids_BA, logprobs_BA: the count_B[b] tokens of the answer; below 0
+        (request.FAILURES) where a row could not go on, which ended it.
+    top_ids_BAU, top_logprobs_BAU: of the likeliest tokens, where a row asks for them.
     done_B: rows that grow no more; a spare row is done.
     """
 
@@ -41,6 +45,8 @@ class Decoding:
     slot_BD: jax.Array
     ids_BA: jax.Array
     logprobs_BA: jax.Array
+    top_ids_BAU: jax.Array
+    top_logprobs_BAU: jax.Array
     count_B: jax.Array
     done_B: jax.Array
 
@@ -112,6 +118,28 @@ def read(model, cache: Cache, ids_BT, slots_BT, used_B, image_BQD) -> Cache:
     return cache
 
 
+def spread(cache: Cache, row_R, places: int) -> Cache:
+    """The rows `row_R` of a cache with more places, of which the next ones are the first.
+
+    What comes next so begins at the same place in all rows, however long they are.
+    """
+
+    def take(x, axis):
+        more = [(0, 0)] * x.ndim
+        more[axis + 1] = (0, places)
+        return jnp.pad(jnp.take(x, row_R, axis=axis), more)
+
+    k, v = jax.tree.map(lambda x: take(x, x.ndim - 4), (cache.k, cache.v))
+    full = cache.segments_BS.shape[1]
+    return Cache(
+        k=k,
+        v=v,
+        segments_BS=take(cache.segments_BS, 0),
+        positions_BS=take(cache.positions_BS, 0),
+        length_B=jnp.full(len(row_R), full, jnp.int32),
+    )
+
+
 def start(
     cache: Cache,
     tokens_BS: np.ndarray,
@@ -131,6 +159,8 @@ def start(
         slot_BD=slot_BD,
         ids_BA=np.zeros((B, S), np.int32),
         logprobs_BA=np.zeros((B, S), np.float32),
+        top_ids_BAU=np.zeros((B, S, TOP_LOGPROBS), np.int32),
+        top_logprobs_BAU=np.zeros((B, S, TOP_LOGPROBS), np.float32),
         count_B=np.zeros(B, np.int32),
         done_B=limit_B == 0,
     )
@@ -227,22 +257,29 @@ def _extend(decoding: Decoding, logits_BV, grows_B, place_B):
         the rows with these tokens at place_B, and token_B.
     """
     token_B, logprob_B = sampling.choose(
-        logits_BV, decoding.controls, decoding.ids_BA, decoding.count_B
+        logits_BV,
+        decoding.controls,
+        decoding.ids_BA,
+        decoding.count_B,
+        decoding.end_ids_BE,
     )
+    top_ids_BU, top_logprobs_BU = sampling.likeliest(logits_BV, decoding.controls)
     B, A = decoding.ids_BA.shape
 
-    def put(old_BA, new_B, at_B):
-        return old_BA.at[jnp.arange(B), at_B].set(new_B, mode="drop")
+    def put(old, new, at_B):
+        return old.at[jnp.arange(B), at_B].set(new, mode="drop")
 
     count_B = decoding.count_B
     at_B = jnp.where(grows_B, count_B, A)
     ended_B = (token_B[:, None] == decoding.end_ids_BE).any(axis=1)
-    ended_B |= count_B + 1 >= decoding.limit_B
+    ended_B |= (token_B < 0) | (count_B + 1 >= decoding.limit_B)
     decoding = dataclasses.replace(
         decoding,
         tokens_BS=put(decoding.tokens_BS, token_B, jnp.where(grows_B, place_B, A)),
         ids_BA=put(decoding.ids_BA, token_B, at_B),
         logprobs_BA=put(decoding.logprobs_BA, logprob_B, at_B),
+        top_ids_BAU=put(decoding.top_ids_BAU, top_ids_BU, at_B),
+        top_logprobs_BAU=put(decoding.top_logprobs_BAU, top_logprobs_BU, at_B),
         count_B=count_B + grows_B,
         done_B=decoding.done_B | (grows_B & ended_B),
     )
@@ -281,13 +318,12 @@ def resize(decoding: Decoding, *, places: int) -> Decoding:
         return jnp.pad(x, empty)
 
     cache = jax.tree.map(fit, dataclasses.replace(axes.cache, length_B=None), cache)
+    names = ("tokens_BS", "ids_BA", "logprobs_BA", "top_ids_BAU", "top_logprobs_BAU")
+    sized = {name: fit(0, getattr(decoding, name)) for name in names}
     return dataclasses.replace(
         decoding,
         cache=dataclasses.replace(cache, length_B=decoding.cache.length_B),
-        **{
-            f: fit(0, getattr(decoding, f))
-            for f in ("tokens_BS", "ids_BA", "logprobs_BA")
-        },
+        **sized,
     )
 
 

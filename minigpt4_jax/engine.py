@@ -7,24 +7,26 @@ Schedule (schedule.py) in the slots of a Pool (pool.py).
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import compilations, decoding
+from minigpt4_jax import compat, compilations, decoding
 from minigpt4_jax.data.images import preprocess, read_image
-from minigpt4_jax.data.prompts import find_template, render
+from minigpt4_jax.data.prompts import find_template, render, without_oldest
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
+from minigpt4_jax.endings import Endings
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
 from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
-from minigpt4_jax.pool import Pool, Shapes, fitted
+from minigpt4_jax.pool import Empty, Pool, Shapes, fitted
 from minigpt4_jax.reading import PIECES, Prepared, Reader
-from minigpt4_jax.request import Event, Request
+from minigpt4_jax.request import Event, Message, Request, Sampling
 from minigpt4_jax.schedule import Schedule
+from minigpt4_jax.searches import Searcher
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +75,16 @@ class Engine:
         self.shapes = Shapes(slots, chunk, drafts, places)
         graphdef, self.weights = nnx.split(model)
         self.programs = decoding.programs(graphdef)
+        self.endings = Endings(tokenizer, self.template)
+        sizes = (self.cfg.llama.width, self.cfg.llama.vocab_size)
+        self.searcher = Searcher(graphdef, self.weights, tokenizer, sizes[1])
+        self.empty = Empty(self.programs, self.weights, self.endings.most_ids, *sizes)
         self.reader = Reader(
             self.programs,
             self.weights,
             self.cfg,
             self.shapes,
-            ends=len(tokenizer.eos_ids),
+            self.empty,
             prefix_bytes=prefix_bytes,
         )
         self._lock = threading.Lock()
@@ -86,33 +92,45 @@ class Engine:
 
     def prepare(self, request: Request) -> Prepared:
         """Read a request's images and lay out its prompt; raises InputError."""
+        _check_ids(request.sampling, self.cfg.llama.vocab_size)
         images = [image for message in request.messages for image in message.images]
         pixels = tuple(preprocess(read_image(i), self.cfg.vit) for i in images)
-        segments = render(self.template, request.messages)
-        ids, slots = lay_out(
-            segments, self.tokenizer, self.cfg.num_slots, num_images=len(images)
+        ids, slots, dropped = self._lay_out(request, len(images))
+        return Prepared(
+            request, np.array(ids, np.int32), np.array(slots), pixels, dropped
         )
+
+    def _lay_out(self, request: Request, num_images: int) -> tuple[list, list, int]:
+        """Ids, slots, and the number of messages left out for want of places."""
         answer, context = request.sampling.max_tokens, self.cfg.llama.max_positions
         context = min(context, self.shapes.places or context)
+
+        def laid_out(messages):
+            segments, slots = render(self.template, messages), self.cfg.num_slots
+            return lay_out(segments, self.tokenizer, slots, num_images=num_images)
+
+        def fits(messages):
+            return len(laid_out(messages)[0]) + answer <= context
+
+        messages: Sequence[Message] = request.messages
+        if request.overflow == "drop_oldest" and not fits(messages):
+            messages = without_oldest(messages, fits)
+        ids, slots = laid_out(messages)
+        if request.compat:
+            ids, slots = compat.cut(ids, slots, answer, context)
         if len(ids) + answer > context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens ({sum(slots)} of them for "
-                f"{len(images)} images) and the answer may have {answer}, which makes "
+                f"{num_images} images) and the answer may have {answer}, which makes "
                 f"{len(ids) + answer}; the model reads {context}: shorten the "
                 "conversation or lower max_tokens"
             )
-        return Prepared(request, np.array(ids, np.int32), np.array(slots), pixels)
+        return ids, slots, len(request.messages) - len(messages)
 
     def schedule(self) -> Schedule:
         """A batch to be run, step by step."""
-        pool = Pool(
-            self.programs,
-            self.weights,
-            self.shapes,
-            ends=len(self.tokenizer.eos_ids),
-            width=self.cfg.llama.width,
-        )
-        return Schedule(self.reader, pool, self.tokenizer, self.template.stop)
+        pool = Pool(self.programs, self.weights, self.shapes, self.empty)
+        return Schedule(self.reader, pool, self.searcher, self.endings)
 
     def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
         """Events of all requests as they come; a request's own are in order.
@@ -175,7 +193,7 @@ class Engine:
                 pool.rows = [None] * width  # so that decoding has nothing to do
                 pool.decode(1)
                 pool.take(0)
-                pool.look()
+                pool.look(tops=True)
         compiled = compilations.count() - before
         seconds = time.perf_counter() - began
         logger.info("Warm-up: %d programs in %.1f s", compiled, seconds)
@@ -204,3 +222,10 @@ class Engine:
         if places > self.shapes.room(1):
             fitted(self.programs, fitted(self.programs, row, places // 2), places)
         return row
+
+
+def _check_ids(sampling: Sampling, vocabulary: int) -> None:
+    for name in ("banned_ids", "stop_ids"):
+        wrong = [token for token in getattr(sampling, name) if token >= vocabulary]
+        if wrong:
+            raise InputError(f"{name}: got {wrong[0]}, want ids below {vocabulary}")

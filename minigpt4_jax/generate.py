@@ -28,7 +28,11 @@ from minigpt4_jax.request import Request, Sampling, user
 
 logger = logging.getLogger(__name__)
 
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "max_tokens")
+SAMPLING = (  # knobs of both commands that are fields of Sampling
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram", "min_tokens", "max_tokens", "banned_ids", "stop_ids"),
+)
 LINES = (  # of the output, values left empty
     '{"image": "", "prompt": "", "answer": "", "finish_reason": ""}',
     '{"image": "", "prompt": "", "error": ""}',
@@ -103,6 +107,7 @@ def answers(
                 sampling=sampling,
                 stop=cfg.stop,
                 seed=cfg.seed,
+                compat=cfg.compat or None,
                 id=key,
             )
 

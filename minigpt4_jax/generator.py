@@ -21,6 +21,7 @@ from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.score import Score, score
 
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
@@ -137,6 +138,27 @@ class Generator:
         )
         return _pieces(self.submit([request]))
 
+    def score(
+        self,
+        image: Images,
+        prompt: str,
+        answers: Sequence[str],
+        *,
+        end: bool = True,
+    ) -> list[Score]:
+        """How likely each of the answers is; the image and the prompt are read once.
+
+        Args:
+            answers: of any number and length.
+            end: whether an answer's end is scored with it, as the last of its tokens:
+                the likelihood of this answer and no more. False: of any answer that
+                begins so, as where answers are choices such as "A" and "B".
+
+        Raises:
+            InputError: an image cannot be read, an answer does not fit, or has no token.
+        """
+        return score(self.engine, [user(prompt, *_images(image))], answers, end=end)
+
     def chat(
         self,
         *,
@@ -144,9 +166,22 @@ class Generator:
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
         seed: int = 0,
+        overflow: str = "error",
+        compat: str | None = None,
     ) -> "Chat":
-        """A conversation; its defaults are the reference's (temperature 1, top-p 0.9)."""
-        return Chat(self, system=system, sampling=sampling, stop=stop, seed=seed)
+        """A conversation; its defaults are the reference's (temperature 1, top-p 0.9).
+
+        `Request` tells what `overflow` and `compat` do.
+        """
+        return Chat(
+            self,
+            system=system,
+            sampling=sampling,
+            stop=stop,
+            seed=seed,
+            overflow=overflow,
+            compat=compat,
+        )
 
     def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
         """Events of all requests as they come; a request's own are in order.
@@ -188,11 +223,15 @@ class Chat:
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
         seed: int = 0,
+        overflow: str = "error",
+        compat: str | None = None,
     ):
         self.generator = generator
         self.sampling = sampling
         self._stop = tuple(stop)
         self._seed = seed
+        self._overflow = overflow
+        self._compat = compat
         self._system = [] if system is None else [Message("system", system)]
         self.messages: list[Message] = []
         self.reset()
@@ -217,12 +256,13 @@ class Chat:
             sampling=self.sampling,
             stop=self._stop,
             seed=(self._seed + len(self.messages)) % 2**32,
+            overflow=self._overflow,
+            compat=self._compat,
         )
-        said = []
+        said: list[str] = []
         try:
             for event in self.generator.submit([request]):
-                if event.error is None:
-                    said.append(event.piece)
+                said = [] if event.error else [*said, event.piece]
                 yield event
         finally:
             if said:

@@ -13,6 +13,7 @@ import numpy as np
 
 from minigpt4_jax import decoding, sampling
 from minigpt4_jax.decoding import Decoding, Programs
+from minigpt4_jax.models.llama import Cache
 
 LEAST_PLACES = 128
 
@@ -63,6 +64,33 @@ def bucket(size: int, least: int = 1) -> int:
     return 1 << (max(size, least, 1) - 1).bit_length()
 
 
+@dataclasses.dataclass(frozen=True)
+class Empty:
+    """Makes batches of spare rows.
+
+    ends: end tokens that a row has room for.
+    """
+
+    programs: Programs
+    weights: Any
+    ends: int
+    width: int
+    vocabulary: int
+
+    def __call__(self, rows: int, places: int, cache: Cache | None = None) -> Decoding:
+        """So many rows; a cache can be given."""
+        if cache is None:
+            cache = self.programs.new_cache(self.weights, batch=rows, places=places)
+        return decoding.start(
+            cache,
+            np.zeros((rows, places), np.int32),
+            np.zeros((rows, self.width), np.float32),
+            np.full((rows, self.ends), -1, np.int32),
+            np.zeros(rows, np.int32),
+            sampling.controls([], rows, self.vocabulary),
+        )
+
+
 class Pool:
     """The batch: `rows[b]` is in slot b, None where that is free.
 
@@ -70,14 +98,11 @@ class Pool:
         state: their arrays; None before the first row.
     """
 
-    def __init__(
-        self, programs: Programs, weights, shapes: Shapes, *, ends: int, width: int
-    ):
+    def __init__(self, programs: Programs, weights, shapes: Shapes, empty: Empty):
         self.programs = programs
         self.weights = weights
         self.shapes = shapes
-        self.ends = ends
-        self.width = width
+        self.empty = empty
         self.rows: list[Any] = []
         self.state: Decoding | None = None
 
@@ -114,22 +139,16 @@ class Pool:
             self.weights, self.state, ended_B, steps, drafts=self.shapes.drafts
         )
 
-    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids_BA, logprobs_BA and count_B on the host, once they are computed."""
-        assert self.state is not None
-        arrays = (self.state.ids_BA, self.state.logprobs_BA, self.state.count_B)
-        return jax.device_get(arrays)
+    def look(self, *, tops: bool) -> tuple[np.ndarray, ...]:
+        """On the host, once they are computed: ids_BA, logprobs_BA, count_B.
 
-    def empty(self, width: int, places: int) -> Decoding:
-        """A batch of spare rows."""
-        return decoding.start(
-            self.programs.new_cache(self.weights, batch=width, places=places),
-            np.zeros((width, places), np.int32),
-            np.zeros((width, self.width), np.float32),
-            np.zeros((width, self.ends), np.int32),
-            np.zeros(width, np.int32),
-            sampling.controls([], width),
-        )
+        tops: also top_ids_BAU and top_logprobs_BAU.
+        """
+        assert self.state is not None
+        state = self.state
+        arrays = [state.ids_BA, state.logprobs_BA, state.count_B]
+        arrays += [state.top_ids_BAU, state.top_logprobs_BAU] if tops else []
+        return jax.device_get(arrays)
 
     def take(self, b: int) -> Decoding:
         """The arrays of the row in slot b."""

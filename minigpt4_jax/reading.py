@@ -15,10 +15,11 @@ import numpy as np
 
 from minigpt4_jax import decoding, sampling
 from minigpt4_jax.decoding import Decoding, Programs
+from minigpt4_jax.endings import Endings
 from minigpt4_jax.lru import LRU
 from minigpt4_jax.models.llama import Cache
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
-from minigpt4_jax.pool import Shapes, bucket, fitted
+from minigpt4_jax.pool import Empty, Shapes, bucket, fitted
 from minigpt4_jax.request import Request
 
 PIECES = (16, 32, 64, 128)  # tokens that are read at a time, padded
@@ -28,12 +29,16 @@ EMBEDDING_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A request that was checked: its prompt as ids, its images as pixels."""
+    """A request that was checked: its prompt as ids, its images as pixels.
+
+    Slots that are fewer than the images have are those of the last ones (compat.cut).
+    """
 
     request: Request
     ids: np.ndarray
     slots: np.ndarray
     pixels: tuple[np.ndarray, ...]
+    dropped_turns: int = 0
 
     @functools.cached_property
     def image_keys(self) -> tuple[bytes, ...]:
@@ -70,15 +75,15 @@ class Reader:
         weights,
         cfg: MiniGPT4Config,
         shapes: Shapes,
+        empty: Empty,
         *,
-        ends: int,
         prefix_bytes: int,
     ):
         self.programs = programs
         self.weights = weights
         self.cfg = cfg
         self.shapes = shapes
-        self.ends = ends
+        self.empty = empty
         self.embeddings: LRU[np.ndarray] = LRU(EMBEDDING_BYTES)
         self.prefixes: LRU[Cache] = LRU(prefix_bytes)
         # A batch of images takes a CPU as long as one after another.
@@ -177,20 +182,45 @@ class Reader:
             self.prefixes.put(key, reading.cache, size)
         return T
 
-    def finish(self, reading: Reading, end_ids: Sequence[int], index: int) -> Decoding:
+    def finish(self, reading: Reading, endings: Endings, index: int) -> Decoding:
         """The row of sample `index`, ready to be decoded."""
         prepared, request = reading.prepared, reading.prepared.request
         last = len(prepared.ids) - 1
         tokens_1S = np.zeros((1, reading.places), np.int32)
         tokens_1S[0, : last + 1] = np.where(prepared.slots, -1, prepared.ids)
+        end_ids_1E = np.full((1, self.empty.ends), -1, np.int32)
+        end_ids = endings.ids(request)
+        end_ids_1E[0, : len(end_ids)] = end_ids
+        first_id = endings.first_id(request)
         return decoding.start(
             self._roomy(reading.cache, reading.places),
             tokens_1S,
             self._images(prepared, last, int(prepared.slots[last]))[:1],
-            np.array([end_ids], np.int32),
+            end_ids_1E,
             np.array([request.sampling.max_tokens], np.int32),
-            sampling.controls([(request.sampling, request.seed, index)], 1),
+            sampling.controls(
+                [(request.sampling, request.seed, index)],
+                1,
+                self.empty.vocabulary,
+                [] if first_id is None else [first_id],
+            ),
         )
+
+    def whole(self, prompts: Sequence[Prepared], batch: int) -> Cache:
+        """A cache of `batch` rows with the prompts but for their last tokens."""
+        rows = []
+        for reading in map(self.begin, prompts):
+            while reading.pieces:
+                self.advance(reading)
+            rows.append(reading)
+        places = max(reading.places for reading in rows)
+        caches = [self._roomy(reading.cache, places) for reading in rows]
+        if batch == 1:
+            return caches[0]
+        state = self.empty(batch, places)
+        for b, cache in enumerate(caches):
+            state = self.programs.insert(state, self.row_of(cache), b)
+        return state.cache
 
     def _images(self, prepared: Prepared, begin: int, count: int) -> np.ndarray:
         """The `count` image embeddings from position `begin` on, zeros behind: Q D."""
@@ -211,14 +241,7 @@ class Reader:
 
     def row_of(self, cache: Cache) -> Decoding:
         """A cache of one row as a row, of which nothing else is used."""
-        return decoding.start(
-            cache,
-            np.zeros(cache.segments_BS.shape, np.int32),
-            np.zeros((1, self.cfg.llama.width), np.float32),
-            np.zeros((1, self.ends), np.int32),
-            np.zeros(1, np.int32),
-            sampling.controls([], 1),
-        )
+        return self.empty(1, cache.segments_BS.shape[1], cache)
 
     def blank(self, places: int) -> Cache:
         """An empty cache of one row."""

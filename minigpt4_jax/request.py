@@ -15,6 +15,17 @@ from minigpt4_jax.errors import InputError, unknown
 
 ROLES = ("system", "user", "assistant")
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
+OVERFLOWS = ("error", "drop_oldest")
+COMPATS = (None, "reference")
+STOP_IDS = 16  # of one request, at most: rows of any batch have room for as many
+TOP_LOGPROBS = 20  # of one token, at most
+NOT_FINITE, NONE_LEFT = -1, -2
+FAILURES = {  # "tokens" of a row that cannot go on, and why
+    NOT_FINITE: "the model's logits are not finite (NaN or infinity), so no token can be "
+    "chosen; its weights or this image are out of the range of its dtype",
+    NONE_LEFT: "every token is banned by the request's own rules; relax banned_ids, "
+    "no_repeat_ngram or min_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -62,30 +73,86 @@ class Message:
 class Sampling:
     """How tokens are drawn; the defaults are those of the reference's chat.
 
+    The rules are Hugging Face's and act in the order listed, on generated tokens alone,
+    never on the prompt's.
+
     Args:
-        temperature: 0 is greedy: the largest logit, whatever top_k and top_p say.
+        repetition_penalty: divides (negative: multiplies) logits of generated tokens; 1
+            is off.
+        frequency_penalty: taken from a token's logit for each time it was generated; 0
+            is off, below 0 asks for repetition.
+        presence_penalty: taken once from the logit of each token that was generated.
+        no_repeat_ngram: no sequence of so many tokens comes twice; 0 is off.
+        min_tokens: end tokens are banned before so many others; stop strings are not.
+        banned_ids: tokens that are never chosen.
+        temperature: 0 is greedy: the largest logit, whatever the next three say.
         top_k: keep the k likeliest tokens; 0 keeps all. The reference never sets it
             and inherits 50 from Hugging Face.
         top_p: keep the likeliest tokens whose probabilities sum to p; 1 keeps all.
-        repetition_penalty: divides (negative: multiplies) logits of generated tokens,
-            never of the prompt's; 1 is off.
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
         max_tokens: an answer of this many tokens ends with "length".
+        stop_ids: tokens that end an answer besides the model's own.
+        top_logprobs: how many alternatives an event tells with each token.
+        num_beams: above 1: beam search for the answer that is likeliest as a whole; it
+            comes in one event at its end, and n answers are the n best. With a
+            temperature each step draws its candidates, as the reference's demo does.
+        length_penalty: a beam's score is the sum of its tokens' log-probabilities over
+            their number to this power: above 0 prefers long answers, below 0 short ones.
+        early_stopping: True: a search ends once num_beams answers have ended; False:
+            once none in progress would beat them if it ended now; "never": once none can.
     """
 
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 0.9
+    min_p: float = 0.0
     repetition_penalty: float = 1.05
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
     max_tokens: int = 300
+    banned_ids: Sequence[int] = ()
+    stop_ids: Sequence[int] = ()
+    top_logprobs: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "at least 0", lambda x: x >= 0)
         _check_whole("top_k", self.top_k, least=0)
         _check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+        _check_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
         _check_number(
             "repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), "that is finite", lambda _: True)
+        _check_whole("no_repeat_ngram", self.no_repeat_ngram, least=0, below=2**31)
         _check_whole("max_tokens", self.max_tokens, least=1)
+        _check_whole("min_tokens", self.min_tokens, least=0, below=self.max_tokens + 1)
+        _check_whole("top_logprobs", self.top_logprobs, least=0, below=TOP_LOGPROBS + 1)
+        _check_whole("num_beams", self.num_beams, least=1)
+        _check_number(
+            "length_penalty", self.length_penalty, "that is finite", lambda _: True
+        )
+        if not (
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        ):
+            raise InputError(
+                f"early_stopping: got {self.early_stopping!r}, want True, False or 'never'"
+            )
+        if self.num_beams > 1 and self.top_logprobs:
+            raise InputError(
+                "top_logprobs: a beam search tells none; want 0, or num_beams=1"
+            )
+        for name in ("banned_ids", "stop_ids"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
+        if len(self.stop_ids) > STOP_IDS:
+            raise InputError(
+                f"stop_ids: got {len(self.stop_ids)} tokens, want at most {STOP_IDS}"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -102,7 +169,13 @@ class Request:
         stop: strings (one or several) that end the answer besides the template's own;
             cut off, with all that follows.
         seed: of the request's random key; token t is drawn from fold_in(key, t).
-        n: answers wanted; Event.index tells them apart.
+        n: answers wanted, at most num_beams of a beam search; Event.index tells them
+            apart.
+        overflow: when prompt and answer do not fit the model's context: "error", or
+            "drop_oldest": leave out the oldest questions with their answers, but none
+            with an image, nor the system message, nor the last one;
+            Usage.dropped_turns counts the messages left out.
+        compat: "reference" answers exactly as the original's chat did (compat.py).
         id: comes back in each Event; made up when absent.
     """
 
@@ -111,6 +184,8 @@ class Request:
     stop: Sequence[str] = ()
     seed: int = 0
     n: int = 1
+    overflow: str = "error"
+    compat: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -125,6 +200,30 @@ class Request:
             )
         _check_whole("seed", self.seed, least=0, below=2**32)
         _check_whole("n", self.n, least=1)
+        beams = self.sampling.num_beams
+        if 1 < beams < self.n:
+            raise InputError(
+                f"n: got {self.n}, want at most num_beams={beams}; a search keeps as many"
+            )
+        if self.compat and beams > 1:
+            raise InputError(
+                "compat 'reference': the original's beam search is not reproduced; want "
+                "num_beams=1"
+            )
+        if self.overflow not in OVERFLOWS:
+            raise InputError(unknown("overflow", self.overflow, OVERFLOWS))
+        if self.compat not in COMPATS:
+            raise InputError(unknown("compat", self.compat, ["reference"]))
+        if self.compat and (stop or self.sampling.stop_ids or self.n > 1):
+            raise InputError(
+                "compat 'reference': the original answers once and has stops of its "
+                "own; want n=1 and neither stop nor stop_ids"
+            )
+        if self.compat and self.overflow != "error":
+            raise InputError(
+                "compat 'reference' cuts what does not fit from the left as the original "
+                "does; leave overflow at 'error'"
+            )
         if not isinstance(self.id, str) or not self.id:
             raise InputError(f"id: got {self.id!r}, want a string that is not ''")
         object.__setattr__(self, "messages", tuple(self.messages))
@@ -133,12 +232,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer took; `prompt_tokens` counts image slots too."""
+    """What an answer took; `prompt_tokens` counts image slots too.
+
+    dropped_turns: messages that overflow="drop_oldest" left out of the prompt.
+    """
 
     prompt_tokens: int
     answer_tokens: int
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
+    dropped_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +254,11 @@ class Event:
         piece: whole characters; joined pieces are the answer. Can be empty.
         ids: tokens behind this piece. A piece held back comes with a later event.
         logprobs: of `ids`, one each, before penalties and temperature, or none.
-        finish_reason: "stop" (end token or stop string), "length", "error", "cancelled",
-            or None while the answer goes on.
+        top_logprobs: for each of `ids` the likeliest tokens at its place as (id,
+            logprob), likeliest first; empty unless Sampling.top_logprobs asks.
+        score: of a beam search's answer, by which the n best are ordered.
+        finish_reason: "stop" (end token, stop id or stop string), "length", "error",
+            "cancelled", or None while the answer goes on.
         error: one sentence when finish_reason is "error".
     """
 
@@ -161,6 +267,8 @@ class Event:
     piece: str = ""
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    score: float | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
     error: str | None = None
@@ -168,6 +276,7 @@ class Event:
     def __post_init__(self) -> None:
         assert self.finish_reason in (None, *FINISH_REASONS), self.finish_reason
         assert len(self.logprobs) in (0, len(self.ids))
+        assert len(self.top_logprobs) in (0, len(self.ids))
 
 
 def user(text: str, *images: Any) -> Message:
@@ -187,6 +296,17 @@ def _check_messages(messages: object) -> None:
             raise InputError(f"messages[{i}]: a system message can only come first")
     if messages[-1].role == "system":
         raise InputError("messages: the last one has to be a user's or an assistant's")
+
+
+def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Each id once, checked."""
+    if not isinstance(ids, list | tuple):
+        raise InputError(
+            f"{name}: got {type(ids).__name__}, want a list or tuple of token ids"
+        )
+    for token in ids:
+        _check_whole(name, token, least=0)
+    return tuple(dict.fromkeys(map(int, ids)))
 
 
 def _check_number(

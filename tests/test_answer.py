@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from minigpt4_jax.answer import Answer
+from minigpt4_jax.request import FAILURES
 
 TOKENIZER = tiny.tokenizer()
 END = TOKENIZER.eos_ids
@@ -91,3 +92,30 @@ def test_a_stop_string_in_the_last_token_allowed_wins_over_length():
 def test_a_continued_answer_keeps_its_first_space():
     pieces, _ = streamed(" cat", starts=False)
     assert "".join(pieces) == " cat"
+
+
+def test_a_sequence_of_ids_ends_an_answer_where_another_spelling_goes_on():
+    merged = TOKENIZER.encode("###")
+    assert len(merged) == 2
+    stops = [tuple(merged), (999,)]
+    alike = TOKENIZER.encode("a") + TOKENIZER.encode("#") + TOKENIZER.encode("##")
+    for ids, reason in ((alike, None), (TOKENIZER.encode("a") + merged, "stop")):
+        answer = Answer(TOKENIZER, sequences=stops)
+        for token in ids:
+            answer.push([token], END, 99)
+        assert (answer.text, answer.finish_reason) == ("a###", reason)
+
+
+def test_a_whole_answer_is_sent_at_its_end():
+    pieces, answer = streamed(" a cat", limit=9, whole=lambda text: text.upper() + "!")
+    assert set(pieces[:-1]) == {""}
+    assert pieces[-1] == "A CAT!"
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_row_that_cannot_go_on_ends_with_the_reason(failure):
+    answer = Answer(TOKENIZER)
+    assert answer.push([*TOKENIZER.encode("ab"), failure, 99], END, 99) == 2
+    assert (answer.piece(), answer.finish_reason) == ("ab", "error")
+    assert (answer.error, answer.count) == (FAILURES[failure], 2)
+    assert answer.error.count(". ") == 0

@@ -66,7 +66,7 @@ def begin(model, end_id: int = -1, seed: int = 3) -> decoding.Decoding:
         image_embeddings()[:, -1],
         np.full((4, 1), end_id, np.int32),
         np.array(LIMITS, np.int32),
-        sampling.controls([(rule, seed, 0) for rule in RULES], 4),
+        sampling.controls([(rule, seed, 0) for rule in RULES], 4, tiny.VOCABULARY),
     )
 
 

@@ -24,7 +24,9 @@ def engine():
 
 
 def ask(text=QUESTIONS[0], *images, id="a", max_tokens=8, temperature=0.0, **kw):
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    own = {f.name for f in dataclasses.fields(Sampling)} & set(kw)
+    rules = {name: kw.pop(name) for name in own}
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, **rules)
     return Request([user(text, *images)], sampling=sampling, id=id, **kw)
 
 
@@ -42,6 +44,14 @@ def collect(events) -> dict:
     return found
 
 
+MIXED_RULES = (
+    dict(),
+    dict(min_p=0.1, presence_penalty=0.5, top_logprobs=2),
+    dict(no_repeat_ngram=1, min_tokens=3),
+    dict(frequency_penalty=-0.7, banned_ids=list(range(40, 90)), stop_ids=[100]),
+)
+
+
 def test_a_row_is_the_same_alone_in_any_batch_in_any_slot(engine):
     requests = [
         ask(
@@ -51,6 +61,7 @@ def test_a_row_is_the_same_alone_in_any_batch_in_any_slot(engine):
             max_tokens=5 + i % 4,
             temperature=0.9 * (i % 2),
             seed=i,
+            **MIXED_RULES[i % 4],
         )
         for i in range(7)
     ]
@@ -147,6 +158,138 @@ def test_a_decoder_of_another_build_answers_too(engine):
     assert not isinstance(model.llama.inner.blocks, nnx.List)
     request = ask(QUESTIONS[0], tiny.image())
     assert collect(other.submit([request])) == collect(engine.submit([request]))
+
+
+def test_a_stop_id_ends_its_own_row_and_a_banned_token_never_comes(engine):
+    free = collect(engine.submit([ask()]))["a", 0]
+    end = free[0][5]
+    count = free[0].index(end) + 1
+    requests = [
+        ask(id="stop", stop_ids=[end]),
+        ask(id="free"),
+        ask(id="later", stop_ids=[end], min_tokens=7),
+        ask(id="banned", banned_ids=free[0]),
+    ]
+    found = collect(engine.submit(requests))
+    assert found["stop", 0][0] == free[0][:count] and found["stop", 0][2] == "stop"
+    assert found["free", 0] == free
+    assert end not in found["later", 0][0][:7] and len(found["later", 0][0]) > 6
+    assert not set(found["banned", 0][0]) & set(free[0])
+
+
+def test_events_tell_the_likeliest_tokens_of_rows_that_ask(engine):
+    requests = [ask(id="plain"), ask(id="told", top_logprobs=3)]
+    for event in engine.submit(requests):
+        if event.request_id == "plain":
+            assert event.top_logprobs == ()
+            continue
+        assert len(event.top_logprobs) == len(event.ids) > 0
+        for token, logprob, pairs in zip(event.ids, event.logprobs, event.top_logprobs):
+            ids, logprobs = zip(*pairs)
+            assert len(set(ids)) == 3 and sorted(logprobs, reverse=True) == [*logprobs]
+            if token == ids[0]:  # else a penalty chose another
+                assert logprob == pytest.approx(logprobs[0], abs=1e-5)
+            else:
+                assert logprob < logprobs[0]
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(engine):
+    """The projector of this model gives infinite embeddings for every image."""
+    model = tiny.model()
+    model.projector.kernel.set_value(np.inf * model.projector.kernel[...])
+    overflowing = Engine(model, tiny.tokenizer(), slots=4, chunk=3)
+    requests = [
+        ask(id="0"),
+        ask(QUESTIONS[1], tiny.image(), id="1"),
+        ask(QUESTIONS[2], id="2", temperature=0.8, seed=4),
+    ]
+    events = list(overflowing.submit(requests))
+    found = collect(events)
+    assert found["1", 0] == ((), "", "error")
+    (error,) = [event.error for event in events if event.error]
+    assert "not finite" in error
+    for index in (0, 2):
+        assert (
+            found[str(index), 0]
+            == collect(engine.submit([requests[index]]))[str(index), 0]
+        )
+
+
+def test_rules_that_ban_every_token_end_their_request_with_the_reason(engine):
+    banned = ask(id="1", banned_ids=list(range(tiny.VOCABULARY)))
+    events = list(engine.submit([ask(id="0"), banned]))
+    assert collect(events)["0", 0] == collect(engine.submit([ask(id="0")]))["0", 0]
+    (error,) = [event.error for event in events if event.request_id == "1"]
+    assert "banned_ids" in error
+
+
+def test_a_token_out_of_the_vocabulary_is_refused(engine):
+    with pytest.raises(InputError, match="stop_ids: got 999, want ids below 265"):
+        engine.prepare(ask(stop_ids=[7, 999]))
+    with pytest.raises(InputError, match="banned_ids: got 265"):
+        engine.prepare(ask(banned_ids=[265]))
+
+
+def test_the_oldest_turns_are_left_out_where_that_is_asked(engine):
+    turns = [
+        Message("system", "Be brief."),
+        user("What is it?", tiny.image()),
+        Message("assistant", "A cat."),
+        *[user("x" * 300), Message("assistant", "Well.")],
+        *[user("y" * 100), Message("assistant", "Hm.")],
+        *[user("z" * 100), Message("assistant", "No.")],
+        user("And?"),
+    ]
+
+    def prepared(messages, **kw):
+        return engine.prepare(Request(messages, sampling=SHORT, **kw))
+
+    kept = prepared(turns, overflow="drop_oldest")
+    assert kept.dropped_turns == 2
+    assert kept.ids.tolist() == prepared([*turns[:3], *turns[5:]]).ids.tolist()
+    assert prepared(turns[5:], overflow="drop_oldest").dropped_turns == 0
+    *_, last = engine.submit([kept])
+    assert last.usage.dropped_turns == 2
+    with pytest.raises(InputError, match="the model reads 512"):
+        prepared(turns)
+    with pytest.raises(InputError, match="the model reads 512"):
+        prepared(
+            [user("x" * 600), *turns[1:3], user("y" * 500)], overflow="drop_oldest"
+        )
+
+
+def test_an_image_is_seen_in_whatever_turn_it_comes(engine):
+    def first_logprob(first: int, second: int) -> float:
+        turns = [
+            user("What?", tiny.image(first)),
+            Message("assistant", "Hm."),
+            user("And?", tiny.image(second)),
+        ]
+        event = next(engine.submit([Request(turns, sampling=SHORT)]))
+        return event.logprobs[0]
+
+    found = [first_logprob(a, b) for a in (0, 1) for b in (0, 1)]
+    assert min(np.diff(sorted(found))) > 1e-3
+
+
+def test_an_answer_that_is_continued_goes_on_as_it_would_have(engine):
+    ids, text, _ = collect(engine.submit([ask(QUESTIONS[1])]))["a", 0]
+    tokenizer = engine.tokenizer
+    whole = [
+        n
+        for n in range(1, 8)
+        if tokenizer.encode(tokenizer.decode(ids[:n])) == [*ids[:n]]
+    ]
+    begun = max(whole)
+    said = Message("assistant", tokenizer.decode(ids[:begun]))
+    request = Request(
+        [user(QUESTIONS[1]), said],
+        sampling=dataclasses.replace(ask().sampling, max_tokens=8 - begun),
+        id="b",
+    )
+    more_ids, more, _ = collect(engine.submit([request]))["b", 0]
+    assert more_ids == ids[begun:]
+    assert (said.text + more).strip() == text
 
 
 def test_the_last_event_tells_usage(engine):

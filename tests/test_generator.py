@@ -10,7 +10,7 @@ from flax import nnx
 
 from minigpt4_jax.errors import CheckpointError, ConfigError, InputError
 from minigpt4_jax.generator import Generator
-from minigpt4_jax.request import GREEDY, Request, Sampling, user
+from minigpt4_jax.request import GREEDY, Event, Request, Sampling, user
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=8)
 
@@ -77,6 +77,29 @@ def test_a_turn_that_fails_leaves_a_chat_as_it_was(gen, tmp_path):
         with pytest.raises(InputError):
             chat.ask(question, image)
     assert len(chat.messages) == 2
+
+
+def test_a_turn_that_fails_on_its_way_leaves_a_chat_as_it_was(gen, monkeypatch):
+    chat = gen.chat(sampling=SHORT)
+    failing = [Event("a", piece="A "), Event("a", finish_reason="error", error="No.")]
+    monkeypatch.setattr(gen, "submit", lambda requests: iter(failing))
+    with pytest.raises(InputError, match="No."):
+        chat.ask("Hm?")
+    assert chat.messages == []
+
+
+def test_a_chat_can_leave_out_its_oldest_turns_and_says_so(gen):
+    chat = gen.chat(sampling=SHORT, overflow="drop_oldest")
+    for question in ("x" * 200, "y" * 200, "z" * 200):
+        *_, last = chat.events(question)
+    assert last.usage.dropped_turns == 2
+    assert len(chat.messages) == 6
+
+
+def test_a_chat_can_be_the_references(gen):
+    said = gen.chat(sampling=SHORT, compat="reference").ask("Hm?")
+    request = Request([user("Hm?")], sampling=SHORT, compat="reference")
+    assert said == "".join(event.piece for event in gen.submit([request]))
 
 
 def test_what_was_said_before_an_interruption_is_remembered(gen):

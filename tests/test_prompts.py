@@ -220,6 +220,31 @@ def test_literal_specials_are_found_in_text_of_our_own_only():
     assert prompts.parse_specials("a<s>", ()) == ["a<s>"]
 
 
+@pytest.mark.parametrize(
+    ("room", "left"),
+    [
+        (9, "S Q1* A1 Q2 A2 Q3* A3 Q4 Q5"),
+        (8, "S Q1* A1 Q3* A3 Q4 Q5"),
+        (7, "S Q1* A1 Q3* A3 Q4 Q5"),
+        (6, "S Q1* A1 Q3* A3 Q5"),
+        (1, "S Q1* A1 Q3* A3 Q5"),
+    ],
+)
+def test_the_oldest_questions_go_with_their_answers_but_never_images(room, left):
+    roles = {"S": "system", "Q": "user", "A": "assistant"}
+    turns = [
+        Message(roles[name[0]], name, ("a.jpg",) if "*" in name else ())
+        for name in "S Q1* A1 Q2 A2 Q3* A3 Q4 Q5".split()
+    ]
+    kept = prompts.without_oldest(turns, lambda messages: len(messages) <= room)
+    assert " ".join(message.text for message in kept) == left
+
+
+def test_an_open_answer_stays_with_its_question():
+    turns = [Message("assistant", "A0"), user("Q1"), Message("assistant", "A1")]
+    assert prompts.without_oldest(turns, lambda messages: False) == turns[1:]
+
+
 def test_an_unknown_template_gets_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean 'vicuna_v0'"):
         prompts.find_template("vicuna")

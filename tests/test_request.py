@@ -10,9 +10,20 @@ from minigpt4_jax.request import GREEDY, Message, Request, Sampling, user
 
 
 def test_defaults_are_those_of_the_reference_chat():
-    assert dataclasses.asdict(Sampling()) == dict(
+    theirs = dict(
         temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05, max_tokens=300
     )
+    off = dict(
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        no_repeat_ngram=0,
+        min_tokens=0,
+        banned_ids=(),
+        stop_ids=(),
+        top_logprobs=0,
+    )
+    assert dataclasses.asdict(Sampling()) == theirs | off
     assert not Sampling().greedy
 
 
@@ -35,6 +46,14 @@ def test_greedy_filters_and_penalises_nothing():
         dict(repetition_penalty=0.0),
         dict(repetition_penalty=float("inf")),
         dict(max_tokens=0),
+        dict(min_p=1.5),
+        dict(presence_penalty=float("nan")),
+        dict(frequency_penalty="0.5"),
+        dict(no_repeat_ngram=-2),
+        dict(min_tokens=301),
+        dict(banned_ids=5),
+        dict(stop_ids="<s>"),
+        dict(top_logprobs=21),
     ],
     ids=str,
 )
@@ -42,7 +61,21 @@ def test_a_wrong_sampling_knob_is_named_with_its_value(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(InputError, match=name) as error:
         Sampling(**wrong)
-    assert repr(value) in str(error.value)
+    given = repr(value) in str(error.value)
+    assert given or type(value).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["banned_ids", "stop_ids"])
+def test_token_ids_are_whole_numbers_each_once(name):
+    assert getattr(Sampling(**{name: [7, np.int32(3), 7]}), name) == (7, 3)
+    for wrong in ([-1], [1.5], ["a"]):
+        with pytest.raises(InputError, match=f"{name}: got {wrong[0]!r}"):
+            Sampling(**{name: wrong})
+
+
+def test_more_stop_ids_than_there_is_room_for_are_refused():
+    with pytest.raises(InputError, match="stop_ids: got 17 tokens, want at most 16"):
+        Sampling(stop_ids=list(range(17)))
 
 
 def test_a_message_takes_images_of_the_user_only():
@@ -95,6 +128,8 @@ def test_an_answer_can_be_continued():
         dict(n=0),
         dict(sampling={"temperature": 0}),
         dict(id=""),
+        dict(overflow="drop"),
+        dict(compat="original"),
     ],
     ids=str,
 )
@@ -115,3 +150,18 @@ def test_requests_get_ids_of_their_own():
 def test_text_that_utf_8_cannot_hold_is_refused():
     with pytest.raises(InputError, match="character 2 is half of a surrogate pair"):
         user("a \ud83d")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(n=2),
+        dict(stop="END"),
+        dict(sampling=Sampling(stop_ids=[5])),
+        dict(overflow="drop_oldest"),
+    ],
+    ids=str,
+)
+def test_what_the_original_could_not_do_is_refused_beside_compat(wrong):
+    with pytest.raises(InputError, match="compat 'reference'"):
+        Request([user("Hello")], compat="reference", **wrong)

@@ -7,9 +7,10 @@ together, and SentencePiece gives other ids for a string than for its halves, so
 neighbouring texts are joined here.
 """
 
+import bisect
 import enum
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from minigpt4_jax.errors import ConfigError, InputError, unknown
@@ -149,6 +150,33 @@ def render(template: Template, messages: Sequence[Message]) -> list[Segment]:
     return _joined(pieces)
 
 
+def without_oldest(
+    messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]
+) -> list[Message]:
+    """A conversation without its oldest questions and their answers, so that it fits.
+
+    As few as possible are left out; where nothing fits, all that may be. The system
+    message, all that show an image and the last one stay.
+    """
+    exchanges: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not exchanges or exchanges[-1][0].role == "system":
+            exchanges.append([])
+        exchanges[-1].append(message)
+    may_go = [
+        i
+        for i, exchange in enumerate(exchanges[:-1])
+        if not any(m.role == "system" or m.images for m in exchange)
+    ]
+
+    def without(count: int) -> list[Message]:
+        gone = may_go[:count]
+        return [m for i, e in enumerate(exchanges) if i not in gone for m in e]
+
+    counts = range(len(may_go))
+    return without(bisect.bisect_left(counts, True, key=lambda n: fits(without(n))))
+
+
 def caption_prompt() -> list[Segment]:
     """The prompt of stage 1: an image and nothing else, not even `<Img>`."""
     return [IMAGE]
@@ -168,10 +196,14 @@ def training_prompt(
     )
 
 
-def training_answer(template: Template, answer: str) -> list[Segment]:
-    """An answer of stage 2 with its end, encoded apart from the prompt."""
-    end = _structure(template, template.end)
-    return _joined([*_content(template, answer, 0, template.end), *end])
+def training_answer(
+    template: Template, answer: str, *, end: bool = True
+) -> list[Segment]:
+    """An answer of stage 2, usually with its end, encoded apart from the prompt."""
+    after = template.end if end else ""
+    return _joined(
+        [*_content(template, answer, 0, after), *_structure(template, after)]
+    )
 
 
 def caption_answer(caption: str) -> list[Segment]:
