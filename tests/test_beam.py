@@ -105,7 +105,7 @@ def compare(pair, requests, after_each=lambda: None):
             event = ours[request.id, index]
             assert event.ids == tuple(ids)
             assert event.score == pytest.approx(score, rel=1e-5)
-            ended = ids[-1] in pair[0].end_ids(request)
+            ended = ids[-1] in pair[0].endings.ids(request)
             assert event.finish_reason == ("stop" if ended else "length")
         after_each()
     return ours

@@ -134,11 +134,15 @@ ROOMS = (
     ),
     (r"minigpt4_jax/lru", set(), r""),
     (r"minigpt4_jax/compilations", {"jax"}, r""),
-    (r"minigpt4_jax/pool", {"jax", "numpy"}, r"minigpt4_jax\.(decoding|sampling)"),
+    (
+        r"minigpt4_jax/pool",
+        {"jax", "numpy"},
+        rf"{MODELS}|minigpt4_jax\.(decoding|sampling)",
+    ),
     (
         r"minigpt4_jax/reading",
         {"jax", "numpy"},
-        rf"{REQUEST}|{MODELS}|minigpt4_jax\.(decoding|lru|pool|sampling)",
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.(decoding|endings|lru|pool|sampling)",
     ),
     (
         r"minigpt4_jax/schedule",
