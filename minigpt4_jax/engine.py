@@ -199,7 +199,6 @@ class Engine:
         slots_BT = np.zeros((batch, places), bool)
         used_B = np.zeros(batch, np.int32)
         for b, prepared in enumerate(prompts):
-            assert not prepared.slots[-1]  # templates end in text
             used_B[b] = used = len(prepared.ids) - 1
             ids_BT[b, :used] = prepared.ids[:used]
             slots_BT[b, :used] = prepared.slots[:used]
