@@ -14,7 +14,7 @@ from typing import Any
 from minigpt4_jax.errors import InputError, unknown
 
 ROLES = ("system", "user", "assistant")
-FINISH_REASONS = ("stop", "length", "error")
+FINISH_REASONS = ("stop", "length", "error", "cancelled")
 OVERFLOWS = ("error", "drop_oldest")
 COMPATS = (None, "reference")
 STOP_IDS = 16  # of one request, at most: rows of any batch have room for as many
@@ -257,8 +257,8 @@ class Event:
         top_logprobs: for each of `ids` the likeliest tokens at its place as (id,
             logprob), likeliest first; empty unless Sampling.top_logprobs asks.
         score: of a beam search's answer, by which the n best are ordered.
-        finish_reason: "stop" (end token, stop id or stop string), "length", "error", or
-            None while the answer goes on.
+        finish_reason: "stop" (end token, stop id or stop string), "length", "error",
+            "cancelled", or None while the answer goes on.
         error: one sentence when finish_reason is "error".
     """
 

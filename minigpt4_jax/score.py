@@ -56,7 +56,7 @@ def score(
         return []
     longest = max(map(len, ids))
     prepared = engine.prepare(Request(messages, sampling=Sampling(max_tokens=longest)))
-    cache = engine.read([prepared], 1)
+    cache = engine.reader.whole([prepared], 1)
     program = _program(nnx.graphdef(engine.model))
     scores = []
     for group in groups(ids):

@@ -68,7 +68,7 @@ def their_answers(pair, request: Request) -> list[tuple[list[int], float]]:
     """(ids up to the end token, score) of the n best, by transformers' generate."""
     engine, theirs = pair
     rules = request.sampling
-    ends = list(engine.end_ids(request))
+    ends = list(engine.endings.ids(request))
     found = theirs.decoder.generate(
         inputs_embeds=their_embeddings(pair, request),
         generation_config=transformers.GenerationConfig(

@@ -107,8 +107,13 @@ ROOMS = (
     (r"minigpt4_jax/answer", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
     (r"minigpt4_jax/compat", set(), rf"{ERRORS}|{DATA}"),
     (
+        r"minigpt4_jax/endings",
+        set(),
+        rf"{REQUEST}|{DATA}|minigpt4_jax|minigpt4_jax\.(answer|compat)",
+    ),
+    (
         r"minigpt4_jax/decoding",
-        NET,
+        {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
     ),
     (
@@ -127,16 +132,35 @@ ROOMS = (
         {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine)",
     ),
+    (r"minigpt4_jax/lru", set(), r""),
+    (r"minigpt4_jax/compilations", {"jax"}, r""),
+    (r"minigpt4_jax/pool", {"jax", "numpy"}, r"minigpt4_jax\.(decoding|sampling)"),
+    (
+        r"minigpt4_jax/reading",
+        {"jax", "numpy"},
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.(decoding|lru|pool|sampling)",
+    ),
+    (
+        r"minigpt4_jax/schedule",
+        set(),
+        rf"{REQUEST}|minigpt4_jax\.(answer|endings|pool|reading|searches)",
+    ),
     (
         r"minigpt4_jax/engine",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(answer|compat|decoding|sampling|searches)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\."
+        r"(compat|compilations|decoding|endings|pool|reading|schedule|searches)",
     ),
     (
         r"minigpt4_jax/generator",
         {"jax"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate|score)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(checkpoint|engine|locate|reading|score)",
+    ),
+    (
+        r"minigpt4_jax/loop",
+        set(),
+        rf"{ERRORS}|{REQUEST}|minigpt4_jax\.(generator|reading)",
     ),
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (
@@ -179,7 +203,7 @@ ROOMS = (
         r"minigpt4_jax/task",
         {"jax", "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(step|engine|generator|features|sharding)",
+        r"minigpt4_jax\.(step|reading|generator|features|sharding)",
     ),
     (
         r"minigpt4_jax/looks",

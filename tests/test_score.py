@@ -36,7 +36,9 @@ def plain(gen, prompt, ids) -> np.ndarray:
     slots_BT = np.pad(prompt.slots, (0, len(ids)))[None]
     image_BQD = None
     if prompt.pixels:
-        image_BQD = np.concatenate(gen._engine.embed_images(prompt.pixels))[None]
+        image_BQD = np.concatenate(
+            gen.engine.reader.embed_images(prompt.pixels, prompt.image_keys)
+        )[None]
     size = 160 - read.shape[1]  # of one compiled shape
     read, slots_BT = (np.pad(x, ((0, 0), (0, size))) for x in (read, slots_BT))
     logits_TV = parity.call(gen.model, read, slots_BT, image_BQD)[0]
@@ -96,13 +98,13 @@ def test_a_row_has_no_more_answers_than_branches_and_one_that_is_too_long_is_alo
 def test_the_prompt_is_read_once(pair, monkeypatch):
     gen, read = pair[0], []
     monkeypatch.setattr(score_lib, "ROW", 64)
-    real = gen._engine.read
+    real = gen.engine.reader.whole
 
     def counted(prompts, batch):
         read.append(len(prompts))
         return real(prompts, batch)
 
-    monkeypatch.setattr(gen._engine, "read", counted)
+    monkeypatch.setattr(gen.engine.reader, "whole", counted)
     gen.score(tiny.image(), "Who?", [ANSWERS[2]] * 5)
     assert read == [1]
 
