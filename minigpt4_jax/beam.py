@@ -54,7 +54,8 @@ class Texts:
     """J beginnings or hypotheses of each request, the best first.
 
     logprobs_BJA: of the tokens, before all rules.
-    score_BJ: sums of log-probabilities after the rules; of hypotheses with their length.
+    score_BJ: sums of log-probabilities after the rules; of what has ended, over its
+        number of tokens to the power of the length penalty.
     state_BJ: of the stop strings.
     """
 
@@ -238,7 +239,7 @@ def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
     score_BX, order_BX = jax.lax.cond(
         jnp.any(controls.temperature_B > 0), drawn, likeliest
     )
-    chosen_BC = jax.lax.top_k(order_BX, max(2, 1 + ends) * J)[1]
+    chosen_BC = jax.lax.top_k(order_BX, (1 + ends) * J)[1]
     parent_BC, token_BC = chosen_BC // V, chosen_BC % V
     longer = _take(beams, parent_BC)
     # All beams are as long.
@@ -267,7 +268,7 @@ def _cut(ruled_RV, controls: sampling.Controls, *, least: int):
 
     `least` tokens are always left, so that end tokens alone never are.
     """
-    least_R1 = jax.lax.top_k(ruled_RV, max(2, least))[0][:, -1:]
+    least_R1 = jax.lax.top_k(ruled_RV, least)[0][:, -1:]
     kept_RV = (sampling.weights(ruled_RV, controls) > 0) | (ruled_RV >= least_R1)
     temperature_R = jnp.where(controls.temperature_B > 0, controls.temperature_B, 1)
     return jnp.where(kept_RV, ruled_RV / temperature_R[:, None], -jnp.inf)
