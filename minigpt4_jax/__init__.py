@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         MiniGPT4Error,
     )
     from minigpt4_jax.generator import Chat, Generator
+    from minigpt4_jax.loop import Server
     from minigpt4_jax.models.layers import Capture, DTypes
     from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from minigpt4_jax.request import Event, Message, Request, Sampling, Usage
@@ -40,6 +41,7 @@ __all__ = [
     "Request",
     "Sampling",
     "Score",
+    "Server",
     "Usage",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
         "MiniGPT4Error",
     ),
     "generator": ("Chat", "Generator"),
+    "loop": ("Server",),
     "models.layers": ("Capture", "DTypes"),
     "models.minigpt4": ("MiniGPT4", "MiniGPT4Config"),
     "request": ("Event", "Message", "Request", "Sampling", "Usage"),
