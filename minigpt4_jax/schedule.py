@@ -130,9 +130,8 @@ class Schedule:
     def _search(self) -> Iterator[Event]:
         """Let the search grow by a chunk; a new one begins when it has ended."""
         if not self.searching:
+            self.search = iter(())  # frees its cache
             self._begin_search()
-        if not self.searching:
-            return
         open_ids = {row.request.id for row in self.searching}
         events = [e for e in next(self.search, []) if e.request_id in open_ids]
         ended = {event.request_id for event in events}

@@ -20,8 +20,8 @@ def schedule(engine):
     return engine.schedule()
 
 
-def add(engine, schedule, id, max_tokens=8, text="Why?", n=1):
-    sampling = dataclasses.replace(GREEDY, max_tokens=max_tokens)
+def add(engine, schedule, id, max_tokens=8, text="Why?", n=1, beams=1):
+    sampling = dataclasses.replace(GREEDY, max_tokens=max_tokens, num_beams=beams)
     request = Request([user(text)], sampling=sampling, id=id, n=n)
     schedule.add(engine.prepare(request), time.perf_counter())
 
@@ -86,3 +86,21 @@ def test_cancelled_rows_leave_from_the_line_the_reading_and_the_slots(
     assert not schedule.busy
     usage = {e.request_id: e.usage for e in events}
     assert usage["runs"].answer_tokens > 0 == usage["waits"].answer_tokens
+
+
+def test_a_search_runs_beside_the_batch_and_can_be_cancelled(engine, schedule):
+    add(engine, schedule, "plain", max_tokens=60)
+    add(engine, schedule, "gone", max_tokens=60, beams=2, n=2)
+    add(engine, schedule, "kept", max_tokens=6, beams=3)
+    for _ in range(2):
+        assert {e.request_id for e in schedule.step()} == {"plain"}
+    assert [row.request.id for row in schedule.searching] == ["gone"]
+    schedule.cancel("gone")
+    events = []
+    while schedule.busy:
+        events += list(schedule.step())
+    gone = [(e.index, e.finish_reason) for e in events if e.request_id == "gone"]
+    assert gone == [(0, "cancelled"), (1, "cancelled")]
+    (kept,) = [e for e in events if e.request_id == "kept"]
+    assert kept.finish_reason == "length" and len(kept.ids) == 6
+    assert [e.request_id for e in events].index("kept") < len(events) - 1
