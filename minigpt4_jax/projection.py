@@ -245,7 +245,7 @@ def read(compiled, on: Slice, mesh: Mesh, **known) -> Projection:
 
 EFFICIENCY = 0.58  # of the peak, by what is computed
 SLOWER = {1: 1.0, 2: 1.07, 4: 1.37, 8: 2.0}  # by tensor: products are cut small
-EXPOSED = 0.35  # of the shorter of compute and collectives: what does not overlap
+EXPOSED = 0.3  # of the shorter of compute and collectives: what does not overlap
 
 
 def formula(
@@ -322,8 +322,8 @@ def meshes(preset: MiniGPT4Config, on: Slice, batch: int) -> Sequence[dict[str, 
             fsdp, left = divmod(on.chips, data * tensor)
             if left or not fsdp or batch % (data * fsdp) or data % on.count:
                 continue
-            if preset.llama.width % fsdp or preset.llama.head_size % fsdp:
-                continue  # a large array would lie whole on each device
+            if preset.llama.width % fsdp or preset.llama.mlp_width % fsdp:
+                continue  # large arrays would lie whole on each device
             found.append(dict(data=data, fsdp=fsdp, tensor=tensor))
     return found
 

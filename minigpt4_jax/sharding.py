@@ -6,7 +6,7 @@ and hidden layers of the decoder. All are Auto axes: XLA places the rest.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,17 @@ from minigpt4_jax.errors import ConfigError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-RULES = (  # first match wins; L is never split
-    (r"(vit|llama)/blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"llama/blocks/attn/out/kernel", P(None, "tensor", "fsdp", None)),
-    (r"vit/blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
+# First match wins; L is never split. Kernels have rows for matrices; of one with heads
+# and their features apart, heads are what is split. A dimension is split over the first
+# of its axes that is not taken: over both, what is gathered would be in another order.
+RULES = (
+    (r"(vit|llama)/blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor")),
     (r"vit/blocks/attn/[qkv]/bias", P(None, "tensor", None)),
     (r"(vit|llama)/blocks/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"(vit|llama)/blocks/mlp/down/kernel", P(None, ("tensor", "fsdp"), None)),
+    (
+        r"(vit|llama)/blocks/(attn/out|mlp/down)/kernel",
+        P(None, ("tensor", "fsdp"), "fsdp"),
+    ),
     (r"vit/blocks/mlp/up/bias", P(None, "tensor")),
     (r"llama/embed/embedding", P("tensor", "fsdp")),
     (r"llama/head/kernel", P("fsdp", "tensor")),
@@ -100,14 +104,61 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSh
     also of towers that RULES does not know."""
     if mesh.size == 1:
         return NamedSharding(mesh, P())
-    axes: list = []
+    axes: list[str | None] = []
     for names, size in zip(spec(path), shape, strict=False):
-        kept: tuple[str, ...] = ()
-        for axis in _names(names):
-            if size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0:
-                kept += (axis,)
-        axes.append(kept if len(kept) > 1 else kept[0] if kept else None)
+        free = (a for a in _names(names) if mesh.shape[a] > 1 and a not in axes)
+        axes.append(next((a for a in free if size % mesh.shape[a] == 0), None))
     return NamedSharding(mesh, P(*axes))
+
+
+TILE = (8, 128)  # rows and columns that a TPU keeps together
+MOST_BLOCKS = 16
+
+
+def held(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
+    """The shape in which the training step holds a frozen kernel of a stack of blocks.
+
+    A matrix, heads and their features as one dimension: so `fsdp` splits it into more
+    parts than there are heads, and what is gathered need not be copied into another
+    order. Where a part would not be whole tiles, the matrix is cut into column blocks
+    that lie beneath each other: [L, blocks*in, out/blocks] (`layers.linear` reads it).
+    """
+    if mesh.shape["fsdp"] == 1 or not re.fullmatch(".*/blocks/.*/kernel", path):
+        return shape
+    layers, ins, outs = _matrix(path, shape)
+    most = MOST_BLOCKS if mesh.shape["tensor"] == 1 else 1  # it splits the columns
+    for blocks in (2**i for i in range(most.bit_length())):
+        rows_fit = blocks * ins % (TILE[0] * mesh.shape["fsdp"]) == 0
+        if rows_fit and outs % (TILE[1] * blocks) == 0:
+            return layers, blocks * ins, outs // blocks
+    return layers, ins, outs
+
+
+def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A kernel's layers, inputs and outputs."""
+    axes = 2 if len(shape) == 4 and "/attn/out/" in path else 1
+    return shape[0], math.prod(shape[1 : 1 + axes]), math.prod(shape[1 + axes :])
+
+
+def hold(model: nnx.Module, frozen: Collection[str], mesh: Mesh) -> None:
+    """Give the kernels named in `frozen` the shape of `held`, in the model itself."""
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = "/".join(map(str, path))
+        shape = held(name, param.shape, mesh) if name in frozen else param.shape
+        if shape != param.shape:
+            layers, ins, outs = _matrix(name, param.shape)
+            where = parameter_sharding(name, shape, mesh)
+            param.set_value(
+                jax.jit(_in_blocks, static_argnums=(1, 2), out_shardings=where)(
+                    param[...].reshape(layers, ins, outs), shape[1] // ins, shape
+                )
+            )
+
+
+def _in_blocks(x_LDF, blocks: int, shape: tuple[int, ...]):
+    layers, ins, outs = x_LDF.shape
+    x = x_LDF.reshape(layers, ins, blocks, outs // blocks)
+    return x.swapaxes(1, 2).reshape(shape)
 
 
 class Parts:

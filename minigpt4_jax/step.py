@@ -42,8 +42,14 @@ class Trainables:
             for name, path in self.paths.items()
         }
         self.frozen = {path: v for path, v in flat.items() if path not in trained}
-        shapes = {name: tuple(flat[path].shape) for name, path in by_name.items()}
-        self.parts = sharding.Parts(shapes, self.mesh)
+
+    @functools.cached_property
+    def parts(self) -> sharding.Parts:
+        """What of them a device of the mesh holds."""
+        shapes = {name: tuple(value.shape) for name, value in self.params.items()}
+        for path, param in self.frozen.items():
+            shapes["/".join(map(str, path))] = tuple(param.shape)
+        return sharding.Parts(shapes, self.mesh)
 
     def log(self) -> None:
         """Show the trainable set: a pattern that hits too much is seen here."""
@@ -99,15 +105,16 @@ def without_values(
     params, frozen = jax.eval_shape(split)
     found = made[0]
 
-    def placed(path: str, x) -> jax.ShapeDtypeStruct:
-        where = sharding.parameter_sharding(path, x.shape, mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def placed(path: str, shape, dtype) -> jax.ShapeDtypeStruct:
+        where = sharding.parameter_sharding(path, shape, mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    found.params = {path: placed(path, x) for path, x in params.items()}
-    found.frozen = {
-        path: param.replace(placed("/".join(map(str, path)), param.get_value()))
-        for path, param in frozen.items()
-    }
+    found.params = {path: placed(path, x.shape, x.dtype) for path, x in params.items()}
+    found.frozen = {}
+    for path, param in frozen.items():
+        name, x = "/".join(map(str, path)), param.get_value()
+        shape = sharding.held(name, x.shape, mesh)
+        found.frozen[path] = param.replace(placed(name, shape, x.dtype))
     return found
 
 

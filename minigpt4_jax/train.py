@@ -114,6 +114,8 @@ def _train(
         directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
     )
     model.set_remat(cfg.remat == "block")
+    shapes = checkpoint.parameter_shapes(model.cfg)
+    sharding.hold(model, set(shapes) - set(optim.select(shapes, cfg.trainable)), mesh)
     trainables = Trainables(model, cfg.trainable, mesh)
     trainables.log()
     paths = list(trainables.params)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax import checkpoint, optim, sharding
@@ -27,7 +28,8 @@ def test_each_parameter_matches_exactly_one_row_of_its_rank(preset):
     for path, shape in SHAPES[preset].items():
         hits = [axes for pattern, axes in sharding.RULES if matches(pattern, path)]
         assert len(hits) == 1, (path, hits)
-        assert len(hits[0]) in (0, len(shape)), (path, shape, hits[0])
+        matrix = sharding.held(path, shape, sharding.make_mesh(fsdp=2))
+        assert len(hits[0]) in (0, len(matrix)), (path, matrix, hits[0])
 
 
 def test_each_row_is_used():
@@ -51,6 +53,16 @@ def test_a_path_without_a_row_is_refused():
         sharding.spec("audio/kernel")
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_dimension_is_split_over_fsdp_and_tensor(preset):
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    for path, shape in SHAPES[preset].items():
+        matrix = sharding.held(path, shape, mesh)
+        axes = [a for a in sharding.parameter_sharding(path, matrix, mesh).spec if a]
+        assert len(set(axes)) == len(axes), (path, axes)
+        assert set(axes) <= {"fsdp", "tensor"}, (path, axes)
+
+
 def test_one_device_holds_all_of_towers_that_no_row_knows():
     alone = sharding.make_mesh(devices=jax.devices()[:1])
     assert sharding.parameter_sharding("audio/kernel", (3, 5), alone).spec == P()
@@ -62,9 +74,41 @@ def test_an_axis_that_does_not_divide_its_dimension_is_dropped():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
     path = "llama/blocks/attn/q/kernel"
     nine_heads = sharding.parameter_sharding(path, (30, 576, 9, 64), mesh)
-    assert nine_heads.spec == P(None, "fsdp", None, None)
+    assert nine_heads.spec == P(None, "fsdp", None)
     eight_heads = sharding.parameter_sharding(path, (30, 576, 8, 64), mesh)
-    assert eight_heads.spec == P(None, "fsdp", "tensor", None)
+    assert eight_heads.spec == P(None, "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "fsdp", "matrix"),
+    [
+        ("attn/q", (40, 5120, 40, 128), 8, (40, 5120, 5120)),
+        ("attn/q", (40, 5120, 40, 128), 256, (40, 2 * 5120, 5120 // 2)),
+        ("attn/out", (40, 40, 128, 5120), 64, (40, 5120, 5120)),
+        ("mlp/up", (40, 5120, 13_824), 256, (40, 2 * 5120, 13_824 // 2)),
+        ("mlp/down", (40, 13_824, 5120), 256, (40, 4 * 13_824, 5120 // 4)),
+        ("mlp/down", (40, 13_824, 5120), 1, (40, 13_824, 5120)),
+    ],
+)
+def test_a_kernel_is_held_so_that_each_part_is_whole_tiles(path, shape, fsdp, matrix):
+    mesh = AbstractMesh((1, fsdp, 1), sharding.AXES)
+    assert sharding.held(f"llama/blocks/{path}/kernel", shape, mesh) == matrix
+    assert fsdp == 1 or matrix[1] % (8 * fsdp) == 0
+
+
+def test_kernels_held_in_blocks_multiply_as_before(monkeypatch):
+    monkeypatch.setattr(sharding, "TILE", (8, 1))  # which 8 parts of 24 rows are not
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    model, plain = tiny.model(), tiny.model()
+    shapes = checkpoint.parameter_shapes(model.cfg)
+    sharding.hold(model, set(shapes) - {"llama/blocks/attn/out/kernel"}, mesh)
+    ids_BT = np.arange(14).reshape(2, 7)
+    want, got = plain(ids_BT), model(ids_BT)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    blocks = model.llama.blocks
+    assert blocks.attn.q.kernel.shape == (2, 8 * 24, 40 // 8)
+    assert blocks.mlp.gate.kernel.shape == (2, 24, 34)  # 8 does not divide 34
+    assert blocks.attn.out.kernel.shape == (2, 4, 10, 24)  # not named
 
 
 def test_a_mesh_takes_the_devices_that_are_left_or_says_how_many_there_are():

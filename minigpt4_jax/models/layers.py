@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from minigpt4_jax.errors import ConfigError
 
@@ -113,7 +114,12 @@ def wants(capture: Capture | None, name: str) -> bool:
     return capture is not None and name in capture.names
 
 
-def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=None):
+PRODUCT = "product"  # checkpoint name of what `linear` multiplied
+
+
+def linear(
+    x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, outs=None, out_dtype=None
+):
     """Multiply the last `axes` dimensions of x by a kernel's first, and add the bias.
 
     Every product of a weight and an activation goes through here: adapters and
@@ -121,21 +127,28 @@ def linear(x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, out_dtype=Non
 
     Args:
         x: [..., in], `axes` trailing input dimensions.
-        kernel: [in, out], any number of output dimensions.
+        kernel: [in, out], any number of output dimensions. With `outs`, also a matrix of
+            its column blocks beneath each other, [blocks*in, out/blocks], as
+            sharding.held wants it.
         bias: [out] or None.
+        outs: the output dimensions; None: those of the kernel.
         out_dtype: dtype of the result, which sums keep anyway (None: compute).
     """
     compute = jnp.dtype(dtypes.compute)
-    ins, outs = kernel.shape[:axes], kernel.shape[axes:]
-    rest = x.shape[: x.ndim - axes]
+    rest, ins = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
+    outs = kernel.shape[axes:] if outs is None else outs
+    columns = math.prod(outs)
+    blocks = kernel.shape[0] // ins if kernel.ndim == 2 else 1
     # As matrices: a TPU's compiler makes convolutions of products over two dimensions,
     # and of one over heads and their features a slow one.
+    shape = (ins, columns) if blocks < 2 else (blocks, ins, columns // blocks)
     y = jax.lax.dot_general(
-        x.astype(compute).reshape(*rest, math.prod(ins)),
-        kernel.astype(compute).reshape(math.prod(ins), math.prod(outs)),
-        (((len(rest),), (0,)), ((), ())),
+        x.astype(compute).reshape(*rest, ins),
+        kernel.astype(compute).reshape(shape),
+        (((len(rest),), (len(shape) - 2,)), ((), ())),
         preferred_element_type=out_dtype,
-    ).reshape(*rest, *outs)
+    )
+    y = checkpoint_name(y.reshape(*rest, columns), PRODUCT).reshape(*rest, *outs)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -158,6 +171,7 @@ class Linear(nnx.Module):
         ins = (in_shape,) if isinstance(in_shape, int) else in_shape
         outs = (out_shape,) if isinstance(out_shape, int) else out_shape
         self.axes = len(ins)
+        self.outs = outs
         self.dtypes = dtypes
         std = 1 / math.sqrt(math.prod(ins)) if std is None else std
         kernel = std * jax.random.normal(rngs.params(), ins + outs, jnp.float32)
@@ -174,6 +188,7 @@ class Linear(nnx.Module):
             bias,
             dtypes=self.dtypes,
             axes=self.axes,
+            outs=self.outs,
             out_dtype=out_dtype,
         )
 
@@ -349,11 +364,10 @@ def scan_blocks(body: Callable, carry, inputs, *, remat: bool):
     (norms, activations, attention) again. That takes half the memory, nothing that grows
     with the square of a row, and on a CPU it is faster than writing and reading it.
     """
-    policies = jax.checkpoint_policies
-    kept = None if remat else policies.dots_with_no_batch_dims_saveable
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     # A scan's body is compiled for forward and for backward apart, so that there is no
     # common part whose sharing would have to be prevented.
-    body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+    body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else kept)
     return jax.lax.scan(body, carry, inputs)
 
 

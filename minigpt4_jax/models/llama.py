@@ -226,10 +226,10 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(cfg, rngs=rngs, **new)
 
     def __call__(self, x_BTD, angles_BTK, mask_BTS, kv=None, length_B=None):
-        normed_BTD = self.attn_norm(x_BTD)
+        normed_BTD = settled(self.attn_norm(x_BTD))
         out_BTD, kv = self.attn(normed_BTD, angles_BTK, mask_BTS, kv, length_B)
         x_BTD = x_BTD + out_BTD.astype(x_BTD.dtype)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)).astype(x_BTD.dtype), kv
+        return x_BTD + self.mlp(settled(self.mlp_norm(x_BTD))).astype(x_BTD.dtype), kv
 
 
 class Attention(nnx.Module):
@@ -288,6 +288,18 @@ def _gated_backward(kept, cotangent_BTF):
 gated.defvjp(_gated_forward, _gated_backward)
 
 
+@jax.custom_vjp
+def settled(x_BTD):
+    """x_BTD, whose cotangent is summed up before anything else reads it."""
+    return x_BTD
+
+
+settled.defvjp(
+    lambda x_BTD: (x_BTD, None),
+    lambda _, cotangent_BTD: (jax.lax.optimization_barrier(cotangent_BTD),),
+)
+
+
 def rotary_angles(positions_BT, cfg: LlamaConfig):
     """Angles of each position, float32 [B T K/2]: bfloat16 would round 257 to 256."""
     half = jnp.arange(cfg.head_size // 2, dtype=jnp.float32)
@@ -298,8 +310,11 @@ def rotary_angles(positions_BT, cfg: LlamaConfig):
 def rotate(x_BTNK, angles_BTK):
     """Rotary embedding in Hugging Face's order: feature i turns with i + K/2."""
     cos, sin = jnp.cos(angles_BTK)[:, :, None], jnp.sin(angles_BTK)[:, :, None]
-    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    x = x_BTNK.astype(jnp.float32)
+    # Whole heads: of halves a TPU fills half of its lanes.
+    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    turned = x * jnp.concatenate([cos, cos], -1)
+    turned += swapped * jnp.concatenate([-sin, sin], -1)
     return turned.astype(x_BTNK.dtype)
 
 
