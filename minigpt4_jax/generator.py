@@ -8,17 +8,20 @@ Everything here is thin over `submit`: requests in, events out (request.py).
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from minigpt4_jax import checkpoint, locate
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
-from minigpt4_jax.engine import Engine, Prepared
+from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.score import Score, score
 
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
@@ -30,8 +33,17 @@ class Generator:
     Args:
         batch_size: answers decoded together, at most.
         chunk: tokens decoded between two looks of the host, thus between two pieces.
+        drafts: tokens guessed at each step from what was said before, and checked in
+            one pass (prompt look-up). Answers are those without; 0 guesses nothing.
+        places: a number of tokens of prompt and answer. Then every answer is computed
+            in the same shapes, so that its bits are the same alone and in any batch;
+            None: in shapes that follow the batch, which are faster but differ in the
+            last bit of their sums.
+        prefix_bytes: memory for what was read up to an image, for other questions
+            about that image; 0 keeps nothing.
 
     Attributes:
+        engine: what answers; `Server` runs it for many threads.
         model: the plain NNX module; on CPU its decoder's blocks are a list.
         tokenizer: text to ids and back.
     """
@@ -43,10 +55,21 @@ class Generator:
         *,
         batch_size: int = 8,
         chunk: int = 8,
+        drafts: int = 0,
+        places: int | None = None,
+        prefix_bytes: int = 512 << 20,
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self._engine = Engine(model, tokenizer, slots=batch_size, chunk=chunk)
+        self.engine = Engine(
+            model,
+            tokenizer,
+            slots=batch_size,
+            chunk=chunk,
+            drafts=drafts,
+            places=places,
+            prefix_bytes=prefix_bytes,
+        )
 
     @classmethod
     def load(
@@ -54,8 +77,7 @@ class Generator:
         name_or_path: str | Path = "demo",
         *,
         dtype: str | None = None,
-        batch_size: int = 8,
-        chunk: int = 8,
+        **options: Any,
     ) -> "Generator":
         """The converted model "demo", another converted directory, or a training run.
 
@@ -66,9 +88,10 @@ class Generator:
             name_or_path: a training work directory gives the model it trains with its
                 newest trainables; "WORKDIR@1000" with those of a step that it keeps.
             dtype: of weights and products; default float32 on CPU, else bfloat16.
+            options: batch_size, chunk, drafts, places, prefix_bytes, as above.
 
         Raises:
-            ConfigError: another dtype, or a batch_size or chunk below 1.
+            ConfigError: another dtype, or an option below what it can be.
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
@@ -80,7 +103,7 @@ class Generator:
             bos_id=model.cfg.bos_id,
             eos_ids=model.cfg.eos_ids,
         )
-        return cls(model, tokenizer, batch_size=batch_size, chunk=chunk)
+        return cls(model, tokenizer, **options)
 
     def __call__(
         self,
@@ -115,6 +138,27 @@ class Generator:
         )
         return _pieces(self.submit([request]))
 
+    def score(
+        self,
+        image: Images,
+        prompt: str,
+        answers: Sequence[str],
+        *,
+        end: bool = True,
+    ) -> list[Score]:
+        """How likely each of the answers is; the image and the prompt are read once.
+
+        Args:
+            answers: of any number and length.
+            end: whether an answer's end is scored with it, as the last of its tokens:
+                the likelihood of this answer and no more. False: of any answer that
+                begins so, as where answers are choices such as "A" and "B".
+
+        Raises:
+            InputError: an image cannot be read, an answer does not fit, or has no token.
+        """
+        return score(self.engine, [user(prompt, *_images(image))], answers, end=end)
+
     def chat(
         self,
         *,
@@ -145,11 +189,22 @@ class Generator:
         Requests are read as room becomes free, so an endless iterator is fine. One that
         cannot be answered gives an event with finish_reason "error".
         """
-        return self._engine.submit(requests)
+        return self.engine.submit(requests)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request that was submitted, within a chunk; from any thread."""
+        self.engine.cancel(request_id)
+
+    def warm_up(self, tokens: int = 512) -> int:
+        """Compile all programs for prompts and answers of up to `tokens` together.
+
+        Returns how many there are; nothing is compiled afterwards.
+        """
+        return self.engine.warm_up(tokens)
 
     def prepare(self, request: Request) -> Prepared:
         """A request checked and ready for `submit`: raises InputError now, not then."""
-        return self._engine.prepare(request)
+        return self.engine.prepare(request)
 
 
 class Chat:
