@@ -10,9 +10,12 @@ Same batch: every caption a row of its own with its image, padded to the longest
 all places, float32. At its best: all captions of so many photos, once. Ours shares a
 photo's image among its captions, packs rows, and makes logits only where a label is. Theirs
 runs the Q-Former once a photo, in float32 and bfloat16, with logits everywhere and only
-where a label is. Losses are compared, rounds take turns, medians are printed.
+where a label is. Losses are compared, rounds take turns, medians are printed. MFU is our
+useful work by formula (minigpt4_jax/flops.py, what the plan counts too) against the
+device's peak, or where no data sheet is known against a large product measured here.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +29,7 @@ import torch
 from absl import flags
 
 from benchmarks import generate
-from minigpt4_jax import Generator, checkpoint, errors, locate, optim
+from minigpt4_jax import Generator, checkpoint, errors, flops, locate, optim
 from minigpt4_jax.data import pipeline
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.plan import Plan
@@ -54,11 +57,14 @@ def main(argv: list[str]) -> None:
     print(f"{'same batch, all logits':40}{'s a step':>9}{'ratio':>7}{'loss':>9}")
     compare(setup.same_batch(), args.rounds, SAME)
     print(f"{'at its best':40}{'s a step':>9}{'ratio':>7}{'loss':>9}{'captions/s':>12}")
-    compare(setup.at_its_best(), args.rounds, len(setup.captions))
+    medians = compare(setup.at_its_best(), args.rounds, len(setup.captions))
+    print(setup.utilisation(medians["ours, float32"]))
 
 
-def compare(contestants: dict[str, Callable[[], float]], rounds: int, captions: int):
-    """Print each one's median time; ratio: how much faster than the first peer."""
+def compare(
+    contestants: dict[str, Callable[[], float]], rounds: int, captions: int
+) -> dict[str, float]:
+    """Print and return each one's median time; ratio: to the fastest peer."""
     losses = {name: step() for name, step in contestants.items()}  # compiles, warms up
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -73,6 +79,7 @@ def compare(contestants: dict[str, Callable[[], float]], rounds: int, captions: 
             f"{name:40}{median:9.3f}{peer / median:7.2f}{losses[name]:9.4f}"
             f"{captions / median:12.1f}"
         )
+    return medians
 
 
 class Setup:
@@ -138,6 +145,20 @@ class Setup:
         batch["patches_BPE"] = self.patches_BPE[picks[:, 2]]
         batch["ok_B"] = np.ones(PHOTOS, np.float32)
         return batch
+
+    def utilisation(self, seconds: float) -> str:
+        """A line on the packed step that took so long."""
+        paths = [p for p in checkpoint.parameter_shapes(self.cfg) if trained(p)]
+        work = flops.Work.of(self.packed())
+        useful = flops.costs(self.cfg, paths, "patches")(work)
+        peak, source = flops.peak(jax.devices()), "data sheet, bfloat16"
+        if peak is None:
+            peak, source = product_rate(), "a float32 product of 4096, measured"
+        return (
+            f"useful work of ours at its best {useful / 1e9:.1f} GFLOP a step, "
+            f"{useful / seconds / 1e9:.1f} GFLOP/s; peak {peak / 1e9:.0f} GFLOP/s "
+            f"({source}): MFU {100 * useful / seconds / peak:.1f} %"
+        )
 
     def rows(self, captions):
         """Ids, slots, labels (-100: none) and photo of each caption, one a row."""
@@ -233,6 +254,23 @@ class Setup:
             for only in (False, True)
         }
         return found | {"ours, float32": self.ours(answer_loss, self.packed())}
+
+
+def trained(path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in TRAINED)
+
+
+def product_rate(size: int = 4096) -> float:
+    """FLOP/s of a square float32 product, the best of five."""
+    x = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        took.append(time.perf_counter() - began)
+    return 2 * size**3 / min(took)
 
 
 def all_logits(model, batch):

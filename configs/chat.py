@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
     cfg.no_repeat_ngram = 0  # no sequence of so many tokens comes twice; 0: any may
     cfg.min_tokens = 0  # before an end token may come
     cfg.max_tokens = 300  # of an answer
+    cfg.num_beams = 1  # above 1: beam search, the likeliest answer as a whole, slower
+    cfg.length_penalty = 1.0  # of a beam's score: above 0 prefers longer answers
+    cfg.early_stopping = False  # True: a search ends with its first num_beams answers
     cfg.banned_ids = ()  # tokens that are never chosen
     cfg.stop_ids = ()  # tokens that end an answer, besides the model's own
     cfg.stop = ()  # strings that end an answer, besides the template's own

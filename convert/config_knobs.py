@@ -217,7 +217,9 @@ def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
         for key in (f"evaluation_datasets.{name}.batch_size" for name in sets)
         if key in values
     ]
-    least = whole({"run.min_length": 1, **values}, "run.min_length")
+    searched = {"run.min_length": 1, "run.num_beams": 1, "run.length_penalty": 1.0}
+    values = {**searched, **values}
+    least = whole(values, "run.min_length")
     if len(lengths) > 1:
         raise ConfigError(
             f"evaluation_datasets: max_new_tokens of {sorted(lengths)}; a config here "
@@ -234,6 +236,9 @@ def eval_knobs(values: Mapping[str, Any]) -> tuple[dict, dict]:
         no_repeat_ngram=0,
         min_tokens=max(0, least - 1),
         max_tokens=lengths.pop() if sets else 300,
+        num_beams=positive(values, "run.num_beams"),
+        length_penalty=number(values, "run.length_penalty"),
+        early_stopping=False,
         banned_ids=(),
         stop_ids=(),
         stop=(),

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         MiniGPT4Error,
     )
     from minigpt4_jax.generator import Chat, Generator
+    from minigpt4_jax.loop import Server
     from minigpt4_jax.models.layers import Capture, DTypes
     from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from minigpt4_jax.request import Event, Message, Request, Sampling, Usage
+    from minigpt4_jax.score import Score
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ __all__ = [
     "MiniGPT4Error",
     "Request",
     "Sampling",
+    "Score",
+    "Server",
     "Usage",
 ]
 
@@ -50,9 +54,11 @@ _HOMES = {
         "MiniGPT4Error",
     ),
     "generator": ("Chat", "Generator"),
+    "loop": ("Server",),
     "models.layers": ("Capture", "DTypes"),
     "models.minigpt4": ("MiniGPT4", "MiniGPT4Config"),
     "request": ("Event", "Message", "Request", "Sampling", "Usage"),
+    "score": ("Score",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

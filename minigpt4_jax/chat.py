@@ -117,9 +117,14 @@ def say(chat: Chat, text: str, image=None) -> None:
 
 
 def speed(usage: Usage) -> str:
-    """The sentence with the seconds to the first token and the rate of the others."""
+    """The sentence with the seconds to the first token and the rate of the others.
+
+    A beam search has all of its tokens at once.
+    """
     after = usage.seconds - usage.seconds_to_first_token
-    rate = (usage.answer_tokens - 1) / after if after > 0 else 0.0
+    if after <= 0:
+        return f"Answer after {usage.seconds:.2f} s ({usage.answer_tokens} tokens)."
+    rate = (usage.answer_tokens - 1) / after
     return (
         f"First token after {usage.seconds_to_first_token:.2f} s, "
         f"{rate:.1f} tokens/s ({usage.answer_tokens} tokens)."

@@ -1,75 +1,34 @@
-"""Requests in, events out: slots, images, prompts and answers around the programs.
+"""Requests in, events out: a model, its compiled programs and what it keeps.
 
-Rows (one for each sample of a request) wait in line, are read in groups into free slots
-of a running decode loop, and leave when they end. Shapes come from buckets, so that few
-programs are compiled.
+Prompts are checked here, read by a Reader (reading.py) and answered by the rows of a
+Schedule (schedule.py) in the slots of a Pool (pool.py).
 """
 
-import dataclasses
-import functools
-import hashlib
+import logging
+import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import compat, decoding, sampling
-from minigpt4_jax.answer import Answer
+from minigpt4_jax import compat, compilations, decoding
 from minigpt4_jax.data.images import preprocess, read_image
 from minigpt4_jax.data.prompts import find_template, render, without_oldest
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
+from minigpt4_jax.endings import Endings
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
 from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
-from minigpt4_jax.request import STOP_IDS, Event, Message, Request, Sampling, Usage
+from minigpt4_jax.pool import Empty, Pool, Shapes, fitted
+from minigpt4_jax.reading import PIECES, Prepared, Reader
+from minigpt4_jax.request import Event, Message, Request, Sampling
+from minigpt4_jax.schedule import Schedule
+from minigpt4_jax.searches import Searcher
 
-IMAGES_AT_ONCE = 8  # larger batches of images are split
-IMAGES_KEPT = 64  # embeddings of the images seen last
-
-
-def bucket(size: int) -> int:
-    """The smallest of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ... that holds `size`."""
-    whole = 1 << max(size - 1, 0).bit_length()
-    three_quarters = whole * 3 // 4
-    return three_quarters if size <= three_quarters and whole >= 32 else whole
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request that was checked: its prompt as ids, its images as pixels.
-
-    Slots that are fewer than the images have are those of the last ones (compat.cut).
-    """
-
-    request: Request
-    ids: np.ndarray
-    slots: np.ndarray
-    pixels: tuple[np.ndarray, ...]
-    dropped_turns: int = 0
-
-
-@dataclasses.dataclass
-class Row:
-    """One answer on its way."""
-
-    prepared: Prepared
-    index: int
-    answer: Answer
-    began: float
-    first_token: float | None = None
-
-    @property
-    def limit(self) -> int:
-        return self.prepared.request.sampling.max_tokens
-
-    @property
-    def places(self) -> int:
-        """Of the cache; the last token chosen is never read."""
-        return len(self.prepared.ids) + self.limit - 1
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -78,15 +37,31 @@ class Engine:
     Args:
         model: a Llama's blocks are unstacked in place where that decodes faster.
         slots: rows decoded together, at most.
-        chunk: tokens a row between two looks of the host; pieces come that often.
+        chunk: forward passes between two looks of the host; pieces come that often.
+        drafts: tokens guessed from the text so far and checked in each forward pass.
+        places: None: shapes follow the rows. A number: all rows are computed in one
+            shape, which holds so many tokens of prompt and answer (pool.py).
+        prefix_bytes: of caches kept of prompts' beginnings.
+
+    Attributes:
+        reader: what is kept of images and prefixes; it assumes that the weights stay.
     """
 
     def __init__(
-        self, model: MiniGPT4, tokenizer: Tokenizer, *, slots: int = 8, chunk: int = 8
+        self,
+        model: MiniGPT4,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 8,
+        chunk: int = 8,
+        drafts: int = 0,
+        places: int | None = None,
+        prefix_bytes: int = 512 << 20,
     ):
-        for name, value in (("batch_size", slots), ("chunk", chunk)):
-            if value < 1:
-                raise ConfigError(f"{name}: got {value}, want at least 1")
+        least = (("batch_size", slots, 1), ("chunk", chunk, 1), ("drafts", drafts, 0))
+        for name, value, wanted in (*least, ("places", places or 1, 1)):
+            if value < wanted:
+                raise ConfigError(f"{name}: got {value}, want at least {wanted}")
         # Another decoder keeps its layers as it likes; ours has a stack or a list.
         ours = isinstance(model.llama, Llama)
         if ours and not isinstance(model.llama.blocks, nnx.List):
@@ -97,11 +72,23 @@ class Engine:
         self.cfg = model.cfg
         self.tokenizer = tokenizer
         self.template = find_template(model.cfg.template)
-        self.slots = slots
-        self.chunk = chunk
+        self.shapes = Shapes(slots, chunk, drafts, places)
         graphdef, self.weights = nnx.split(model)
         self.programs = decoding.programs(graphdef)
-        self._embeddings: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.endings = Endings(tokenizer, self.template)
+        sizes = (self.cfg.llama.width, self.cfg.llama.vocab_size)
+        self.searcher = Searcher(graphdef, self.weights, tokenizer, sizes[1])
+        self.empty = Empty(self.programs, self.weights, self.endings.most_ids, *sizes)
+        self.reader = Reader(
+            self.programs,
+            self.weights,
+            self.cfg,
+            self.shapes,
+            self.empty,
+            prefix_bytes=prefix_bytes,
+        )
+        self._lock = threading.Lock()
+        self._schedules: set[Schedule] = set()
 
     def prepare(self, request: Request) -> Prepared:
         """Read a request's images and lay out its prompt; raises InputError."""
@@ -116,6 +103,7 @@ class Engine:
     def _lay_out(self, request: Request, num_images: int) -> tuple[list, list, int]:
         """Ids, slots, and the number of messages left out for want of places."""
         answer, context = request.sampling.max_tokens, self.cfg.llama.max_positions
+        context = min(context, self.shapes.places or context)
 
         def laid_out(messages):
             segments, slots = render(self.template, messages), self.cfg.num_slots
@@ -139,249 +127,101 @@ class Engine:
             )
         return ids, slots, len(request.messages) - len(messages)
 
-    def end_ids(self, request: Request) -> tuple[int, ...]:
-        """Tokens that end its answers."""
-        if request.compat:
-            return compat.find_rules(self.template).end_ids
-        return (*self.tokenizer.eos_ids, *request.sampling.stop_ids)
-
-    def answer(self, request: Request) -> Answer:
-        """The text of one of its answers, empty yet."""
-        if request.compat:
-            stops = compat.find_rules(self.template).stops
-            return Answer(self.tokenizer, sequences=stops, whole=compat.said)
-        stop = (*request.stop, *self.template.stop)
-        starts = request.messages[-1].role == "user"
-        return Answer(self.tokenizer, stop=stop, starts=starts)
+    def schedule(self) -> Schedule:
+        """A batch to be run, step by step."""
+        pool = Pool(self.programs, self.weights, self.shapes, self.empty)
+        return Schedule(self.reader, pool, self.searcher, self.endings)
 
     def submit(self, requests: Iterable[Request | Prepared]) -> Iterator[Event]:
         """Events of all requests as they come; a request's own are in order.
 
         `requests` is read as slots become free. A request that cannot be answered gives
-        one event with finish_reason "error" and stops nothing.
+        one event with finish_reason "error" and stops nothing. Closing the iterator ends
+        all of its requests.
         """
-        return _Run(self, requests).events()
+        schedule = self.schedule()
+        with self._lock:
+            self._schedules.add(schedule)
+        try:
+            source, more = iter(requests), True
+            while more or schedule.busy:
+                while more and len(schedule.waiting) < self.shapes.slots:
+                    request = next(source, None)
+                    more = request is not None
+                    if request is not None:
+                        yield from self._add(schedule, request)
+                yield from schedule.step()
+        finally:
+            with self._lock:
+                self._schedules.discard(schedule)
 
-    def embed_images(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """image_QD of each image; those seen lately are not encoded again."""
-        keys = [hashlib.sha256(image_HWC).digest() for image_HWC in pixels]
-        found = {key: self._embeddings[key] for key in keys if key in self._embeddings}
-        missing = {k: image for k, image in zip(keys, pixels) if k not in found}
-        todo = list(missing.items())
-        for i in range(0, len(todo), IMAGES_AT_ONCE):
-            group = todo[i : i + IMAGES_AT_ONCE]
-            pixels_BHWC = np.stack([image_HWC for _, image_HWC in group])
-            spare = bucket(len(group)) - len(group)
-            pixels_BHWC = np.pad(pixels_BHWC, [(0, spare), (0, 0), (0, 0), (0, 0)])
-            image_BQD = np.asarray(self.programs.encode(self.weights, pixels_BHWC))
-            found |= {key: image_QD for (key, _), image_QD in zip(group, image_BQD)}
-        for key in keys:
-            self._embeddings[key] = found[key]
-            self._embeddings.move_to_end(key)
-        while len(self._embeddings) > IMAGES_KEPT:
-            self._embeddings.popitem(last=False)
-        return [found[key] for key in keys]
-
-    def prefill(
-        self, rows: Sequence[Row], batch: int, places: int, budget: int
-    ) -> decoding.Decoding:
-        """Read the prompts of `rows` into a batch of `batch`, each row's first token."""
-        length = bucket(max(len(row.prepared.ids) for row in rows))
-        ids_BT = np.zeros((batch, length), np.int32)
-        slots_BT = np.zeros((batch, length), bool)
-        length_B = np.zeros(batch, np.int32)
-        limit_B = np.ones(batch, np.int32)
-        for b, row in enumerate(rows):
-            length_B[b] = count = len(row.prepared.ids)
-            ids_BT[b, :count] = row.prepared.ids
-            slots_BT[b, :count] = row.prepared.slots
-            limit_B[b] = row.limit
-        requests = [row.prepared.request for row in rows]
-        ends_BE = np.full((batch, len(self.tokenizer.eos_ids) + STOP_IDS), -1, np.int32)
-        first_B = np.full(batch, sampling.NONE, np.int32)
-        for b, request in enumerate(requests):
-            end_ids = self.end_ids(request)
-            ends_BE[b, : len(end_ids)] = end_ids
-            if request.compat:
-                first_B[b] = compat.find_rules(self.template).first_id
-        prompts = decoding.Prompts(
-            ids_BT=ids_BT,
-            slots_BT=slots_BT,
-            length_B=length_B,
-            end_ids_BE=ends_BE,
-            limit_B=limit_B,
-            controls=sampling.controls(
-                [(r.sampling, r.seed, row.index) for r, row in zip(requests, rows)],
-                batch,
-                self.cfg.llama.vocab_size,
-                first_B,
-            ),
-        )
-        return self.programs.prefill(
-            self.weights,
-            prompts,
-            self._image_embeddings(rows, batch),
-            places=places,
-            budget=budget,
-        )
-
-    def _image_embeddings(self, rows: Sequence[Row], batch: int) -> np.ndarray | None:
-        """Embeddings of each row's images in order, zeros behind; None without images."""
-        most = max(len(row.prepared.pixels) for row in rows)
-        if most == 0:
-            return None
-        pixels = [image for row in rows for image in row.prepared.pixels]
-        embedded = iter(self.embed_images(pixels))
-        Q = self.cfg.num_slots
-        shape = (batch, bucket(most) * Q, self.cfg.llama.width)
-        image_BQD = np.zeros(shape, np.float32)
-        for b, row in enumerate(rows):
-            cut = len(row.prepared.pixels) * Q - row.prepared.slots.sum()
-            for i in range(len(row.prepared.pixels)):
-                image_BQD[b, i * Q : (i + 1) * Q] = next(embedded)
-            if cut:
-                image_BQD[b] = np.roll(image_BQD[b], -cut, axis=0)
-        return image_BQD
-
-
-class _Run:
-    """One call of `submit`: the line of rows that wait, and the slots."""
-
-    def __init__(self, engine: Engine, requests: Iterable[Request | Prepared]):
-        self.engine = engine
-        self.requests = iter(requests)
-        self.waiting: deque[Row] = deque()
-        self.slots: list[Row | None] = []
-        self.decoding: decoding.Decoding | None = None
-        self.places = self.budget = 0
-
-    def events(self) -> Iterator[Event]:
-        while True:
-            yield from self._pull()
-            if self.waiting and not any(self.slots):
-                self._open()
-            yield from self._join()
-            if any(self.slots):
-                yield from self._decode()
-            elif not self.waiting:
-                return
-
-    def _pull(self) -> Iterator[Event]:
-        """Fill the line from the requests; a bad one becomes an event."""
-        while len(self.waiting) < self.engine.slots:
-            request = next(self.requests, None)
-            if request is None:
-                return
-            began = time.perf_counter()
-            try:
-                if isinstance(request, Request):
-                    request = self.engine.prepare(request)
-            except InputError as error:
-                yield Event(request.id, finish_reason="error", error=str(error))
-                continue
-            for index in range(request.request.n):
-                self.waiting.append(self._row(request, index, began))
-
-    def _row(self, prepared: Prepared, index: int, began: float) -> Row:
-        return Row(prepared, index, self.engine.answer(prepared.request), began)
-
-    def _open(self) -> None:
-        """Choose the shapes for the rows that wait; no row is running."""
-        rows = list(self.waiting)[: self.engine.slots]
-        self.slots = [None] * min(bucket(len(rows)), self.engine.slots)
-        self.budget = bucket(max(row.limit for row in rows))
-        longest = max(len(row.prepared.ids) for row in rows)
-        self.places = bucket(longest) + self.budget
-        self.decoding = None
-
-    def _join(self) -> Iterator[Event]:
-        """Read prompts into free slots, once half of the slots are free.
-
-        Whole batches and halves only: each size of a group is a program to compile.
-        """
-        free = [b for b, row in enumerate(self.slots) if row is None]
-        batch = len(self.slots)
-        if self.decoding is not None:
-            batch = max(1, batch // 2)
-            free = free[:batch]
-        if not self.waiting or len(free) < batch:
-            return
-        group = []
-        while self.waiting and len(group) < batch and self._fits(self.waiting[0]):
-            group.append(self.waiting.popleft())
-        if not group:
-            return
-        new = self.engine.prefill(group, batch, self.places, self.budget)
-        if self.decoding is None:
-            self.decoding = new
+    def _add(self, schedule: Schedule, request: Request | Prepared) -> Iterator[Event]:
+        began = time.perf_counter()
+        try:
+            if isinstance(request, Request):
+                request = self.prepare(request)
+        except InputError as error:
+            yield Event(request.id, finish_reason="error", error=str(error))
         else:
-            row_B = np.array(free[: len(group)] + [len(self.slots)] * batch)[:batch]
-            self.decoding = self.engine.programs.insert(self.decoding, new, row_B)
-        for b, row in zip(free, group):
-            self.slots[b] = row
-        yield from self._look(self.decoding)
+            schedule.add(request, began)
 
-    def _fits(self, row: Row) -> bool:
-        places = max(row.places, bucket(len(row.prepared.ids)))
-        return row.limit <= self.budget and places <= self.places
+    def cancel(self, request_id: str) -> None:
+        """End a request that was submitted, before the next chunk; from any thread.
 
-    def _decode(self) -> Iterator[Event]:
-        """Let the running rows grow by a chunk."""
-        ended_B = np.array([row is None for row in self.slots])
-        self.decoding = self.engine.programs.decode(
-            self.engine.weights, self.decoding, ended_B, steps=self.engine.chunk
-        )
-        yield from self._look(self.decoding)
+        Its rows give a last event with finish_reason "cancelled". An unknown id, or one
+        that has ended, is ignored.
+        """
+        with self._lock:
+            for schedule in self._schedules:
+                schedule.cancel(request_id)
 
-    def _look(self, state: decoding.Decoding) -> Iterator[Event]:
-        """Events of the tokens that are new; rows that ended give up their slots."""
-        parts = [state.ids_BA, state.logprobs_BA, state.count_B]
-        if any(
-            row and row.prepared.request.sampling.top_logprobs for row in self.slots
-        ):
-            parts += [state.top_ids_BAU, state.top_logprobs_BAU]
-        ids_BA, logprobs_BA, count_B, *tops = jax.device_get(parts)
-        now = time.perf_counter()
-        for b, row in enumerate(self.slots):
-            if row is None or count_B[b] == row.answer.count:
-                continue
-            if row.first_token is None:
-                row.first_token = now
-            new = slice(row.answer.count, int(count_B[b]))
-            new_tops = [top_BAU[b, new] for top_BAU in tops]
-            yield self._event(row, ids_BA[b, new], logprobs_BA[b, new], new_tops, now)
-            if row.answer.finish_reason:
-                self.slots[b] = None
+    def warm_up(self, tokens: int) -> int:
+        """Compile what conversations of up to `tokens` tokens need, answers included.
 
-    def _event(self, row: Row, ids_A, logprobs_A, tops: Sequence, now: float) -> Event:
-        """What its new tokens tell; `tops` is empty, or ids and logprobs of the likeliest."""
-        answer, request = row.answer, row.prepared.request
-        ids = ids_A.tolist()
-        taken = answer.push(ids, self.engine.end_ids(request), row.limit)
-        event = functools.partial(
-            Event,
-            request_id=request.id,
-            index=row.index,
-            piece=answer.piece(),
-            ids=tuple(ids[:taken]),
-            logprobs=tuple(logprobs_A[:taken].tolist()),
-        )
-        if k := request.sampling.top_logprobs:
-            ids_AU, logprobs_AU = (top_AU[:taken, :k].tolist() for top_AU in tops)
-            pairs = [tuple(zip(*likeliest)) for likeliest in zip(ids_AU, logprobs_AU)]
-            event = functools.partial(event, top_logprobs=tuple(pairs))
-        if not answer.finish_reason:
-            return event()
-        usage = Usage(
-            prompt_tokens=len(row.prepared.ids),
-            answer_tokens=answer.count,
-            seconds_to_first_token=row.first_token - row.began,
-            seconds=now - row.began,
-            dropped_turns=row.prepared.dropped_turns,
-        )
-        return event(
-            finish_reason=answer.finish_reason, usage=usage, error=answer.error
-        )
+        Returns how many programs that were, those read from the disk included.
+        """
+        began, before = time.perf_counter(), compilations.count()
+        self._warm_vision()
+        pool = self.schedule().pool
+        rooms = self.shapes.rooms(tokens + 1 + self.shapes.drafts)
+        # Prompts of at most `tokens` end in a padded piece.
+        for places in self.shapes.rooms(tokens + PIECES[-1]):
+            row = self._warm_reading(places)
+            for width in self.shapes.widths if places in rooms else ():
+                pool.rows, pool.state = [None] * width, pool.empty(width, places)
+                pool.add(row, row)
+                pool.rows = [None] * width  # so that decoding has nothing to do
+                pool.decode(1)
+                pool.take(0)
+                pool.look(tops=True)
+        compiled = compilations.count() - before
+        seconds = time.perf_counter() - began
+        logger.info("Warm-up: %d programs in %.1f s", compiled, seconds)
+        return compiled
+
+    def _warm_vision(self) -> None:
+        size = self.cfg.vit.image_size
+        batch = 1
+        while batch <= self.reader.images_at_once:
+            pixels_BHWC = np.zeros((batch, size, size, 3), np.float32)
+            jax.block_until_ready(self.programs.encode(self.weights, pixels_BHWC))
+            batch *= 2
+
+    def _warm_reading(self, places: int) -> decoding.Decoding:
+        """A row of so many places, after a piece of each size was read."""
+        reader = self.reader
+        image_1QD = np.zeros((1, self.cfg.num_slots, self.cfg.llama.width), np.float32)
+        cache = reader.blank(places)
+        for T in PIECES:
+            ids_1T = np.zeros((1, T), np.int32)
+            used_1 = np.zeros(1, np.int32)
+            self.programs.read(
+                self.weights, cache, ids_1T, ids_1T > 0, used_1, image_1QD
+            )
+        row = reader.row_of(cache)
+        if places > self.shapes.room(1):
+            fitted(self.programs, fitted(self.programs, row, places // 2), places)
+        return row
 
 
 def _check_ids(sampling: Sampling, vocabulary: int) -> None:

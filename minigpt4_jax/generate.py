@@ -32,6 +32,7 @@ SAMPLING = (  # knobs of both commands that are fields of Sampling
     *("temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("no_repeat_ngram", "min_tokens", "max_tokens", "banned_ids", "stop_ids"),
+    *("num_beams", "length_penalty", "early_stopping"),
 )
 LINES = (  # of the output, values left empty
     '{"image": "", "prompt": "", "answer": "", "finish_reason": ""}',

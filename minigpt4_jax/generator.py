@@ -9,21 +9,25 @@ Everything here is thin over `submit`: requests in, events out (request.py).
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from minigpt4_jax import checkpoint, locate, memory
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
-from minigpt4_jax.engine import Engine, Prepared
+from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.models.quantised import Quantisation
+from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.score import Score, score
 
 logger = logging.getLogger(__name__)
 
+PREFIX_BYTES = 512 << 20
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
@@ -34,9 +38,19 @@ class Generator:
     Args:
         batch_size: answers decoded together, at most.
         chunk: tokens decoded between two looks of the host, thus between two pieces.
+        drafts: tokens guessed at each step from what was said before, and checked in
+            one pass (prompt look-up). Answers are those without; 0 guesses nothing.
+        places: a number of tokens of prompt and answer. Then every answer is computed
+            in the same shapes, so that its bits are the same alone and in any batch;
+            None: in shapes that follow the batch, which are faster but differ in the
+            last bit of their sums.
+        prefix_bytes: memory for what was read up to an image, for other questions
+            about that image; 0 keeps nothing.
 
     Attributes:
+        engine: what answers; `Server` runs it for many threads.
         model: the plain NNX module; on CPU its decoder's blocks are a list.
+        need: the memory that was told when it was loaded.
         tokenizer: text to ids and back.
     """
 
@@ -47,10 +61,22 @@ class Generator:
         *,
         batch_size: int = 8,
         chunk: int = 8,
+        drafts: int = 0,
+        places: int | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self._engine = Engine(model, tokenizer, slots=batch_size, chunk=chunk)
+        self.need: memory.Needs | None = None
+        self.engine = Engine(
+            model,
+            tokenizer,
+            slots=batch_size,
+            chunk=chunk,
+            drafts=drafts,
+            places=places,
+            prefix_bytes=prefix_bytes,
+        )
 
     @classmethod
     def load(
@@ -61,8 +87,7 @@ class Generator:
         quantize: str = "",
         vision: str = "",
         kv: str = "",
-        batch_size: int = 8,
-        chunk: int = 8,
+        **options: Any,
     ) -> "Generator":
         """The converted model "demo", another converted directory, or a training run.
 
@@ -74,18 +99,26 @@ class Generator:
                 newest trainables; "WORKDIR@1000" with those of a step that it keeps.
             dtype: of weights and products; default float32 on CPU, else bfloat16.
             quantize: "int8" or "int4" rounds the decoder's weights while they are read;
-                vision="int8" those of the ViT, kv="int8" the keys and values kept.
+                vision="int8" does it to the ViT's, and kv="int8" to keys and values.
+            options: batch_size, chunk, drafts, places, prefix_bytes, as above.
 
         Raises:
-            ConfigError: another dtype or quantisation, no room for the weights, or a batch_size or chunk below 1.
+            ConfigError: another dtype or quantisation, an option below what it can be,
+                or no room for the weights.
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
         dtypes = default_dtypes(dtype)
         quantisation = Quantisation(quantize, vision, kv)
         path = checkpoint.resolve(name_or_path)
+        batch, tokens = options.get("batch_size", 8), options.get("places")
         need = memory.needs(
-            checkpoint.read_config(path), dtypes, quantisation, batch=batch_size
+            checkpoint.read_config(path),
+            dtypes,
+            quantisation,
+            batch=batch,
+            tokens=tokens or memory.TOKENS,
+            prefix_bytes=options.get("prefix_bytes", PREFIX_BYTES),
         )
         logger.info("memory: %s", need)
         with memory.told(need):
@@ -95,7 +128,9 @@ class Generator:
             bos_id=model.cfg.bos_id,
             eos_ids=model.cfg.eos_ids,
         )
-        return cls(model, tokenizer, batch_size=batch_size, chunk=chunk)
+        generator = cls(model, tokenizer, **options)
+        generator.need = need
+        return generator
 
     def __call__(
         self,
@@ -130,6 +165,27 @@ class Generator:
         )
         return _pieces(self.submit([request]))
 
+    def score(
+        self,
+        image: Images,
+        prompt: str,
+        answers: Sequence[str],
+        *,
+        end: bool = True,
+    ) -> list[Score]:
+        """How likely each of the answers is; the image and the prompt are read once.
+
+        Args:
+            answers: of any number and length.
+            end: whether an answer's end is scored with it, as the last of its tokens:
+                the likelihood of this answer and no more. False: of any answer that
+                begins so, as where answers are choices such as "A" and "B".
+
+        Raises:
+            InputError: an image cannot be read, an answer does not fit, or has no token.
+        """
+        return score(self.engine, [user(prompt, *_images(image))], answers, end=end)
+
     def chat(
         self,
         *,
@@ -160,11 +216,23 @@ class Generator:
         Requests are read as room becomes free, so an endless iterator is fine. One that
         cannot be answered gives an event with finish_reason "error".
         """
-        return self._engine.submit(requests)
+        with memory.told(self.need):
+            yield from self.engine.submit(requests)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request that was submitted, within a chunk; from any thread."""
+        self.engine.cancel(request_id)
+
+    def warm_up(self, tokens: int = 512) -> int:
+        """Compile all programs for prompts and answers of up to `tokens` together.
+
+        Returns how many there are; nothing is compiled afterwards.
+        """
+        return self.engine.warm_up(tokens)
 
     def prepare(self, request: Request) -> Prepared:
         """A request checked and ready for `submit`: raises InputError now, not then."""
-        return self._engine.prepare(request)
+        return self.engine.prepare(request)
 
 
 class Chat:

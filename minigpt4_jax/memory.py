@@ -21,6 +21,7 @@ from minigpt4_jax.models.quantised import Quantisation
 
 GB = 1e9
 TOKENS = 1024  # of a row, where nothing else is said
+PIECE = 128  # tokens of a prompt that are read at once, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Needs:
 
     weights: Mapping[str, int]  # by dtype
     kv: int
+    prefixes: int
     images: int
     activations: int
     batch: int
@@ -38,7 +40,7 @@ class Needs:
     @property
     def total(self) -> int:
         working = max(self.images, self.activations)
-        return sum(self.weights.values()) + self.kv + working
+        return sum(self.weights.values()) + self.kv + self.prefixes + working
 
     def __str__(self) -> str:
         weights = ", ".join(
@@ -50,7 +52,8 @@ class Needs:
         )
         return (
             f"{self.total / GB:.2f} GB for {self.batch} rows of {self.tokens} tokens "
-            f"(weights {weights}; keys and values {self.kv / GB:.2f}; images "
+            f"(weights {weights}; keys and values {self.kv / GB:.2f}, "
+            f"kept prefixes {self.prefixes / GB:.2f}; images "
             f"{self.images / GB:.2f} or text {self.activations / GB:.2f}); {room}"
         )
 
@@ -63,6 +66,7 @@ class Needs:
             ('quantize="int4"', how.decoder != "int4"),
             ('vision="int8"', not how.vision),
             ('kv="int8"', not how.kv),
+            ("prefix_bytes=0", self.prefixes > 0),
             ("a smaller batch_size", self.batch > 1),
             ("shorter prompts, a smaller max_tokens", True),
         ]
@@ -76,11 +80,13 @@ def needs(
     *,
     batch: int = 1,
     tokens: int = TOKENS,
+    prefix_bytes: int = 0,
 ) -> Needs:
     """What rows of so many tokens, prompt and answer, need, each with one image.
 
     Args:
         dtypes: `param` must be a dtype.
+        prefix_bytes: as of Generator; each row's own prefix is counted up to that.
     """
     _, params = checkpoint.structure(config, dtypes, quantisation)
     weights: Counter[str] = Counter()
@@ -89,10 +95,11 @@ def needs(
     size = jnp.dtype(dtypes.compute).itemsize
     llama = config.llama
     entry = llama.head_size + 4 if quantisation.kv else llama.head_size * size
-    kv = 2 * batch * tokens * llama.num_layers * llama.num_kv_heads * entry
+    row = 2 * tokens * llama.num_layers * llama.num_kv_heads * entry
     return Needs(
         weights=dict(weights),
-        kv=kv,
+        kv=(batch + 1) * row,  # one more is being read
+        prefixes=min(prefix_bytes, batch * row),
         images=_images(config, size, quantisation, min(batch, 8)),
         activations=_text(config, size, quantisation, batch, tokens),
         batch=batch,
@@ -114,14 +121,19 @@ def _images(config: MiniGPT4Config, size: int, how: Quantisation, images: int) -
 def _text(
     config: MiniGPT4Config, size: int, how: Quantisation, batch: int, tokens: int
 ) -> int:
-    """A block of the decoder reading all tokens at once; logits of the last ones."""
+    """A block that reads a piece of a prompt or a token of each row; the last logits."""
     llama = config.llama
-    places, heads = batch * tokens, llama.num_heads
+    heads, places = llama.num_heads, max(min(PIECE, tokens), batch)
     scores = 2 * 4 * heads * places * tokens
     inner = 2 * llama.width + 3 * heads * llama.head_size + 3 * llama.mlp_width
-    kernel = size * llama.width * llama.mlp_width if how.decoder else 0
-    logits = 3 * 4 * batch * llama.vocab_size
-    return scores + places * size * inner + kernel + logits
+    kernels = (
+        llama.mlp_width,
+        llama.vocab_size,
+    )  # as floats, where whole numbers are not
+    kernel = size * llama.width * max(kernels) if how.decoder else 0
+    logits = 4 * 4 * batch * llama.vocab_size  # with what sampling makes of them
+    keys = 2 * size * batch * tokens * llama.num_kv_heads * llama.head_size
+    return scores + places * size * inner + kernel + logits + (keys if how.kv else 0)
 
 
 def device_memory() -> int | None:
@@ -133,12 +145,12 @@ def device_memory() -> int | None:
 
 
 @contextlib.contextmanager
-def told(need: Needs) -> Iterator[None]:
+def told(need: Needs | None) -> Iterator[None]:
     """Out of memory inside becomes a ConfigError: what was needed, is there, helps."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if not full:
+        if need is None or not full:
             raise
         raise ConfigError(f"out of memory: {need}; try {need.advice}") from error

@@ -14,7 +14,7 @@ from typing import Any
 from minigpt4_jax.errors import InputError, unknown
 
 ROLES = ("system", "user", "assistant")
-FINISH_REASONS = ("stop", "length", "error")
+FINISH_REASONS = ("stop", "length", "error", "cancelled")
 OVERFLOWS = ("error", "drop_oldest")
 COMPATS = (None, "reference")
 STOP_IDS = 16  # of one request, at most: rows of any batch have room for as many
@@ -93,6 +93,13 @@ class Sampling:
         max_tokens: an answer of this many tokens ends with "length".
         stop_ids: tokens that end an answer besides the model's own.
         top_logprobs: how many alternatives an event tells with each token.
+        num_beams: above 1: beam search for the answer that is likeliest as a whole; it
+            comes in one event at its end, and n answers are the n best. With a
+            temperature each step draws its candidates, as the reference's demo does.
+        length_penalty: a beam's score is the sum of its tokens' log-probabilities over
+            their number to this power: above 0 prefers long answers, below 0 short ones.
+        early_stopping: True: a search ends once num_beams answers have ended; False:
+            once none in progress would beat them if it ended now; "never": once none can.
     """
 
     temperature: float = 1.0
@@ -108,6 +115,9 @@ class Sampling:
     banned_ids: Sequence[int] = ()
     stop_ids: Sequence[int] = ()
     top_logprobs: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "at least 0", lambda x: x >= 0)
@@ -123,6 +133,20 @@ class Sampling:
         _check_whole("max_tokens", self.max_tokens, least=1)
         _check_whole("min_tokens", self.min_tokens, least=0, below=self.max_tokens + 1)
         _check_whole("top_logprobs", self.top_logprobs, least=0, below=TOP_LOGPROBS + 1)
+        _check_whole("num_beams", self.num_beams, least=1)
+        _check_number(
+            "length_penalty", self.length_penalty, "that is finite", lambda _: True
+        )
+        if not (
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        ):
+            raise InputError(
+                f"early_stopping: got {self.early_stopping!r}, want True, False or 'never'"
+            )
+        if self.num_beams > 1 and self.top_logprobs:
+            raise InputError(
+                "top_logprobs: a beam search tells none; want 0, or num_beams=1"
+            )
         for name in ("banned_ids", "stop_ids"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if len(self.stop_ids) > STOP_IDS:
@@ -145,7 +169,8 @@ class Request:
         stop: strings (one or several) that end the answer besides the template's own;
             cut off, with all that follows.
         seed: of the request's random key; token t is drawn from fold_in(key, t).
-        n: answers wanted; Event.index tells them apart.
+        n: answers wanted, at most num_beams of a beam search; Event.index tells them
+            apart.
         overflow: when prompt and answer do not fit the model's context: "error", or
             "drop_oldest": leave out the oldest questions with their answers, but none
             with an image, nor the system message, nor the last one;
@@ -175,6 +200,16 @@ class Request:
             )
         _check_whole("seed", self.seed, least=0, below=2**32)
         _check_whole("n", self.n, least=1)
+        beams = self.sampling.num_beams
+        if 1 < beams < self.n:
+            raise InputError(
+                f"n: got {self.n}, want at most num_beams={beams}; a search keeps as many"
+            )
+        if self.compat and beams > 1:
+            raise InputError(
+                "compat 'reference': the original's beam search is not reproduced; want "
+                "num_beams=1"
+            )
         if self.overflow not in OVERFLOWS:
             raise InputError(unknown("overflow", self.overflow, OVERFLOWS))
         if self.compat not in COMPATS:
@@ -221,8 +256,9 @@ class Event:
         logprobs: of `ids`, one each, before penalties and temperature, or none.
         top_logprobs: for each of `ids` the likeliest tokens at its place as (id,
             logprob), likeliest first; empty unless Sampling.top_logprobs asks.
-        finish_reason: "stop" (end token, stop id or stop string), "length", "error", or
-            None while the answer goes on.
+        score: of a beam search's answer, by which the n best are ordered.
+        finish_reason: "stop" (end token, stop id or stop string), "length", "error",
+            "cancelled", or None while the answer goes on.
         error: one sentence when finish_reason is "error".
     """
 
@@ -232,6 +268,7 @@ class Event:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    score: float | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
     error: str | None = None

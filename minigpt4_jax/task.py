@@ -27,11 +27,11 @@ from minigpt4_jax.data.prompts import (
 from minigpt4_jax.data.sources import Example, Examples
 from minigpt4_jax.data.texts import CLEAN, WITH_END
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
-from minigpt4_jax.engine import Prepared
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.models.vit import ViTConfig
+from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Request, user
 from minigpt4_jax.step import answer_loss, word_loss
 

@@ -1,5 +1,6 @@
 """The chat in a terminal, driven through a pseudo-terminal."""
 
+import dataclasses
 import os
 import pty
 import re
@@ -138,6 +139,8 @@ def test_speed_leaves_the_first_token_out_of_the_rate():
         prompt_tokens=50, answer_tokens=21, seconds_to_first_token=0.5, seconds=1.5
     )
     assert chat.speed(usage) == "First token after 0.50 s, 20.0 tokens/s (21 tokens)."
+    whole = dataclasses.replace(usage, seconds_to_first_token=1.5)
+    assert chat.speed(whole) == "Answer after 1.50 s (21 tokens)."
 
 
 def test_what_a_terminal_would_obey_is_not_printed():

@@ -339,7 +339,7 @@ def test_the_demo_and_an_evaluation_become_configs_for_generate(file, tmp_path):
     sampling = cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty
     assert (*sampling, cfg.max_tokens, cfg.batch_size) == (0.0, 0, 1.0, 1.0, 20, 10)
     assert cfg.min_tokens == 3  # the reference counts its dummy first id
-    assert "not expressible yet: run.num_beams = 5 (no beam search)" in text
+    assert (cfg.num_beams, cfg.length_penalty) == (5, 1.0)
     assert "not expressible yet: evaluation_datasets.vsr.img_path = '/i'" in text
 
 

@@ -1,14 +1,15 @@
 """Requests become events: the same alone, in any batch, in any slot."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
 
-from minigpt4_jax import engine as engine_lib
-from minigpt4_jax.engine import Engine, bucket
+from minigpt4_jax import compilations
+from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.request import GREEDY, Message, Request, Sampling, user
 
@@ -310,51 +311,126 @@ def test_requests_are_read_as_slots_become_free(engine):
 
     events = engine.submit(requests())
     next(events)
-    assert len(read) <= 2 * engine.slots
+    assert len(read) <= 2 * engine.shapes.slots
     events.close()
 
 
-def test_an_image_seen_before_is_not_encoded_again(engine, monkeypatch):
-    calls = []
-    encode = engine.programs.encode
+def test_an_answer_is_the_same_bit_by_bit_in_any_batch_where_places_are_fixed(engine):
+    """Ids and log-probabilities, in batches of 1, 2, 3, 4 and 8, at every position."""
+    steady = Engine(engine.model, tiny.tokenizer(), slots=4, chunk=3, places=96)
+    kinds = [
+        ask(QUESTIONS[i % 3], *[tiny.image(i)] * (i % 2), id=str(i), max_tokens=3 + i)
+        for i in range(8)
+    ]
+    kinds = [
+        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, temperature=t))
+        for r, t in zip(kinds, (0, 0.9) * 4)
+    ]
 
-    def counted(weights, pixels_BHWC):
-        calls.append(len(pixels_BHWC))
-        return encode(weights, pixels_BHWC)
+    def exactly(requests):
+        found = {}
+        for event in steady.submit(requests):
+            found.setdefault(event.request_id, []).extend(
+                zip(event.ids, event.logprobs)
+            )
+        return found
 
-    counting = dataclasses.replace(engine.programs, encode=counted)
-    monkeypatch.setattr(engine, "programs", counting)
-    pixels = [engine.prepare(ask("", tiny.image(90 + i))).pixels[0] for i in range(3)]
-    first = engine.embed_images(pixels[:2] + pixels[:1])
-    again = engine.embed_images(pixels)
-    assert calls == [2, 1]
-    assert (first[0] == again[0]).all() and (first[0] == first[2]).all()
-    monkeypatch.setattr(engine_lib, "IMAGES_KEPT", 2)
-    engine.embed_images(pixels)
-    assert len(engine._embeddings) == 2
-
-
-def test_images_encoded_together_are_as_alone(engine):
-    pixels = [engine.prepare(ask("", tiny.image(70 + i))).pixels[0] for i in range(3)]
-    together = engine.embed_images(pixels)
-    engine._embeddings.clear()
-    for image_HWC, embedded_QD in zip(pixels, together):
-        alone_QD = engine.embed_images([image_HWC])[0]
-        np.testing.assert_allclose(embedded_QD, alone_QD, atol=1e-5)
+    alone = {}
+    for request in kinds:
+        alone |= exactly([request])
+    for size in (2, 3, 4, 8):
+        for first in range(0, 8, 3):
+            batch = [kinds[(first + i) % 8] for i in range(size)]
+            assert exactly(batch) == {r.id: alone[r.id] for r in batch}
+    assert [len(alone[str(i)]) for i in range(8)] == list(range(3, 11))
 
 
-def test_the_same_shapes_compile_nothing_new(engine):
-    def sizes():
-        programs = engine.programs
-        made = (programs.encode, programs.prefill, programs.decode, programs.insert)
-        return [program._cache_size() for program in made]
+def test_a_batch_that_follows_its_rows_differs_in_last_bits_only(engine):
+    """Other shapes, other order of sums: the tokens hold, the bits need not."""
+    request, others = ask(QUESTIONS[1]), [ask("x" * 150, id=str(i)) for i in range(3)]
+    alone = list(engine.submit([request]))
+    beside = [e for e in engine.submit([*others, request]) if e.request_id == "a"]
+    assert sum((e.ids for e in alone), ()) == sum((e.ids for e in beside), ())
+    logprobs = [sum((e.logprobs for e in events), ()) for events in (alone, beside)]
+    np.testing.assert_allclose(*logprobs, atol=1e-5)
 
-    requests = [ask(QUESTIONS[i % 3], tiny.image(i), id=str(i)) for i in range(6)]
-    collect(engine.submit(requests))
-    before = sizes()
-    other = [ask(QUESTIONS[i % 2], tiny.image(i + 9), id=str(i)) for i in range(6)]
-    collect(engine.submit(other))
-    assert sizes() == before
+
+def test_a_cancelled_request_ends_within_a_chunk_and_frees_its_slot(engine):
+    long = [ask(id=str(i), max_tokens=200, n=2) for i in range(2)]
+    events = engine.submit([*long, ask(id="next")])
+    for event in events:
+        if event.request_id == "1":
+            break
+    threading.Thread(target=engine.cancel, args=("0",)).start()
+    after = []
+    for event in events:
+        after.append(event)
+        if event.request_id == "next":
+            break
+    ended = [e.index for e in after if e.finish_reason == "cancelled"]
+    assert sorted(ended) == [0, 1]
+    # Both of its rows had a chunk under way, and no more.
+    assert len([e for e in after if e.request_id == "0" and e.ids]) <= 2 * 2
+    events.close()
+
+
+def test_a_request_that_waits_can_be_cancelled_and_an_unknown_one_is_ignored(engine):
+    events = engine.submit([ask(id=str(i), max_tokens=30) for i in range(6)])
+    first = next(events)
+    engine.cancel("5")
+    engine.cancel("nobody")
+    found = collect([first, *events])
+    assert found["5", 0] == ((), "", "cancelled")
+    assert [found[str(i), 0][2] for i in range(5)] == ["length"] * 5
+
+
+def test_closing_the_events_forgets_the_batch(engine):
+    events = engine.submit([ask()])
+    next(events)
+    assert len(engine._schedules) == 1
+    events.close()
+    assert not engine._schedules
+
+
+def test_one_long_answer_keeps_no_one_waiting(engine):
+    """Others come and go in the free slots while it runs."""
+    requests = [ask(id="long", max_tokens=120)] + [ask(id=str(i)) for i in range(12)]
+    ended = [e.request_id for e in engine.submit(requests) if e.finish_reason]
+    assert ended[-1] == "long"
+
+
+def test_drafts_change_no_answer(engine):
+    guessing = Engine(engine.model, tiny.tokenizer(), slots=4, chunk=3, drafts=3)
+    requests = [
+        ask(QUESTIONS[i % 3], *[tiny.image(i)] * (i % 2), id=str(i), max_tokens=20)
+        for i in range(5)
+    ]
+    requests.append(ask(id="drawn", temperature=0.8, max_tokens=20))
+    assert collect(guessing.submit(requests)) == collect(engine.submit(requests))
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    """Whatever comes: lengths, images, samples, rules, batches that grow and shrink."""
+    fresh = Engine(tiny.model(seed=5), tiny.tokenizer(), slots=5, chunk=3)
+    assert fresh.warm_up(160) > 0
+    requests = [
+        ask(
+            "x" * (40 * (i % 4)),
+            *[tiny.image(i), tiny.image(i + 1)][: i % 3],
+            id=str(i),
+            max_tokens=4 + 9 * (i % 3),
+            temperature=0.9 * (i % 2),
+            n=1 + i % 2,
+            seed=i,
+        )
+        for i in range(9)
+    ]
+    before = compilations.count()
+    together = collect(fresh.submit(requests))
+    alone = collect(fresh.submit(requests[:1]))
+    assert compilations.count() == before
+    assert together["0", 0] == alone["0", 0]
+    assert fresh.warm_up(160) == 0
 
 
 def test_an_assistants_words_are_continued(engine):
@@ -362,10 +438,3 @@ def test_an_assistants_words_are_continued(engine):
     prepared = engine.prepare(Request(messages, sampling=SHORT))
     tail = engine.tokenizer.encode("A cat")
     assert prepared.ids[-len(tail) :].tolist() == tail
-
-
-def test_buckets_hold_their_size_and_waste_at_most_half():
-    assert [bucket(n) for n in (1, 2, 3, 9, 17, 25, 33, 49, 300)] == [
-        *(1, 2, 4, 16, 24, 32, 48, 64, 384)
-    ]
-    assert all(n <= bucket(n) <= 2 * n for n in range(1, 3000))

@@ -33,6 +33,9 @@ CFG = ConfigDict(
         no_repeat_ngram=0,
         min_tokens=0,
         max_tokens=8,
+        num_beams=1,
+        length_penalty=1.0,
+        early_stopping=False,
         banned_ids=(),
         stop_ids=(),
         stop=(),
@@ -169,6 +172,23 @@ def test_wrong_flags_are_one_sentence_and_an_exit_code(arguments, code, word):
     assert result.returncode == code, result.stderr
     assert word in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_knobs_of_a_beam_search_reach_every_request(photos):
+    asked = []
+
+    class Recorder:
+        def submit(self, requests):
+            asked.extend(requests)
+            return iter(())
+
+    searched = dict(num_beams=4, length_penalty=0.5, early_stopping=True)
+    cfg = ConfigDict({**CFG, **searched})
+    tasks = [(record, "Hm?") for record in list_images(photos)]
+    assert list(generate.answers(Recorder(), tasks, cfg)) == []
+    assert len(asked) == 4
+    for request in asked:
+        assert {name: getattr(request.sampling, name) for name in searched} == searched
 
 
 def test_an_input_listed_twice_gets_two_lines(tmp_path):

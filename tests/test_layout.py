@@ -113,20 +113,64 @@ ROOMS = (
     (r"minigpt4_jax/answer", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
     (r"minigpt4_jax/compat", set(), rf"{ERRORS}|{DATA}"),
     (
+        r"minigpt4_jax/endings",
+        set(),
+        rf"{REQUEST}|{DATA}|minigpt4_jax|minigpt4_jax\.(answer|compat)",
+    ),
+    (
         r"minigpt4_jax/decoding",
-        NET,
+        {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
+    ),
+    (
+        r"minigpt4_jax/beam",
+        NET,
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.data\.stops|"
+        r"minigpt4_jax|minigpt4_jax\.(decoding|sampling)",
+    ),
+    (
+        r"minigpt4_jax/searches",
+        {*NET, "numpy"},
+        rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\.(answer|beam|sampling)",
+    ),
+    (
+        r"minigpt4_jax/score",
+        {*NET, "numpy"},
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine)",
+    ),
+    (r"minigpt4_jax/lru", set(), r""),
+    (r"minigpt4_jax/compilations", {"jax"}, r""),
+    (
+        r"minigpt4_jax/pool",
+        {"jax", "numpy"},
+        rf"{MODELS}|minigpt4_jax\.(decoding|sampling)",
+    ),
+    (
+        r"minigpt4_jax/reading",
+        {"jax", "numpy"},
+        rf"{REQUEST}|{MODELS}|minigpt4_jax\.(decoding|endings|lru|pool|sampling)",
+    ),
+    (
+        r"minigpt4_jax/schedule",
+        set(),
+        rf"{REQUEST}|minigpt4_jax\.(answer|endings|pool|reading|searches)",
     ),
     (
         r"minigpt4_jax/engine",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(answer|compat|decoding|sampling)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\."
+        r"(compat|compilations|decoding|endings|pool|reading|schedule|searches)",
     ),
     (
         r"minigpt4_jax/generator",
         {"jax"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(checkpoint|engine|locate)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
+        r"minigpt4_jax\.(checkpoint|engine|locate|memory|reading|score)",
+    ),
+    (
+        r"minigpt4_jax/loop",
+        set(),
+        rf"{ERRORS}|{REQUEST}|minigpt4_jax\.(generator|reading)",
     ),
     (
         r"minigpt4_jax/memory",
@@ -174,7 +218,7 @@ ROOMS = (
         r"minigpt4_jax/task",
         {"jax", "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(step|engine|generator|features|sharding)",
+        r"minigpt4_jax\.(step|reading|generator|features|sharding)",
     ),
     (
         r"minigpt4_jax/looks",

@@ -13,7 +13,7 @@ from minigpt4_jax.generator import Generator
 from minigpt4_jax.models import quantised
 from minigpt4_jax.models.layers import DTypes, linear
 from minigpt4_jax.models.quantised import Int8, Quantisation
-from minigpt4_jax.request import GREEDY
+from minigpt4_jax.request import GREEDY, Request, user
 
 FLOATS = DTypes()
 
@@ -139,8 +139,6 @@ def test_answers_are_the_same_alone_and_in_a_batch(kind):
     model.quantise(Quantisation(kind, vision="int8", kv="int8"))
     gen = Generator(model, tiny.tokenizer(), batch_size=2, chunk=3)
     short = dataclasses.replace(GREEDY, max_tokens=6)
-    from minigpt4_jax.request import Request, user
-
     asked = [
         Request([user(text, tiny.image())], sampling=short, id=text)
         for text in ("Hm?", "What is it?")

@@ -22,6 +22,9 @@ def test_defaults_are_those_of_the_reference_chat():
         banned_ids=(),
         stop_ids=(),
         top_logprobs=0,
+        num_beams=1,
+        length_penalty=1.0,
+        early_stopping=False,
     )
     assert dataclasses.asdict(Sampling()) == theirs | off
     assert not Sampling().greedy

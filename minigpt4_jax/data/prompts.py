@@ -196,10 +196,14 @@ def training_prompt(
     )
 
 
-def training_answer(template: Template, answer: str) -> list[Segment]:
-    """An answer of stage 2 with its end, encoded apart from the prompt."""
-    end = _structure(template, template.end)
-    return _joined([*_content(template, answer, 0, template.end), *end])
+def training_answer(
+    template: Template, answer: str, *, end: bool = True
+) -> list[Segment]:
+    """An answer of stage 2, usually with its end, encoded apart from the prompt."""
+    after = template.end if end else ""
+    return _joined(
+        [*_content(template, answer, 0, after), *_structure(template, after)]
+    )
 
 
 def caption_answer(caption: str) -> list[Segment]:

@@ -1,0 +1,337 @@
+"""Beam search: the J likeliest beginnings of an answer grow together, on the device.
+
+The rules are those of Hugging Face's generate (transformers 5): of the likeliest
+candidates, those that end become hypotheses if they are among the first J, scored by
+sum of log-probabilities / tokens ** length_penalty, of which the best J are kept; the
+others are the next beams. A search is the same alone and beside others.
+
+J is a beam or hypothesis, X a pair of a beam and a token, C one of the pairs that are
+looked at, R = B * J a row of the cache, A a token of the answer, E an end token, S a
+place of the cache or a state of data/stops.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from minigpt4_jax import sampling
+from minigpt4_jax.data.stops import FOUND
+from minigpt4_jax.decoding import spread
+from minigpt4_jax.models.layers import BRANCHES
+from minigpt4_jax.models.llama import Cache
+
+DEAD = -1e9  # added to the score of what is no beam or no hypothesis
+EARLY = {False: 0, True: 1, "never": 2}  # Sampling.early_stopping as a number
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What B requests ask of their searches.
+
+    end_ids_BE: tokens that end an answer, as many in each row.
+    limit_B: tokens of an answer at most; 0: a spare row.
+    early_B: `EARLY`.
+    next_SV, state_B: stop strings, and in which state an answer begins.
+    """
+
+    controls: sampling.Controls
+    end_ids_BE: jax.Array
+    limit_B: jax.Array
+    length_penalty_B: jax.Array
+    early_B: jax.Array
+    next_SV: jax.Array
+    state_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """J beginnings or hypotheses of each request, the best first.
+
+    logprobs_BJA: of the tokens, before all rules.
+    score_BJ: sums of log-probabilities after the rules; of what has ended, over its
+        number of tokens to the power of the length penalty.
+    state_BJ: of the stop strings.
+    """
+
+    ids_BJA: jax.Array
+    logprobs_BJA: jax.Array
+    count_BJ: jax.Array
+    score_BJ: jax.Array
+    state_BJ: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """B searches under way.
+
+    cache: of R rows; the answer's tokens begin at the same place in all of them.
+    controls: of R rows.
+    last_R, prompt_R: the last token of the prompt, and how many it has.
+    beams, found: what grows, and what has ended (a count of 0: none yet).
+    failed_B: whether it met logits that are not finite.
+    open_B: whether the search goes on.
+    """
+
+    cache: Cache
+    rules: Rules
+    controls: sampling.Controls
+    last_R: jax.Array
+    prompt_R: jax.Array
+    beams: Texts
+    found: Texts
+    failed_B: jax.Array
+    open_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of one model; `weights` is `nnx.state(model)`.
+
+    begin(cache, last_B, rules, beams=, budget=) -> Search
+    grow(weights, search, steps) -> Search, by at most so many tokens; donates `search`
+    """
+
+    begin: Callable
+    grow: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def programs(graphdef: nnx.GraphDef) -> Programs:
+    """Programs for all models of this structure, jitted; compiled once for each shape."""
+
+    def bound(weights, *args):
+        return grow(nnx.merge(graphdef, weights), *args)
+
+    return Programs(
+        begin=jax.jit(begin, static_argnames=("beams", "budget")),
+        grow=jax.jit(bound, donate_argnums=1),
+    )
+
+
+def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Search:
+    """Searches before their first token.
+
+    Args:
+        cache: of B rows, the prompts but for their last token.
+        last_B: those last tokens.
+        budget: A, at least the largest limit. As many places are needed behind the
+            prompts: for their last token, and for an answer's without its own last.
+    """
+    B = len(last_B)
+    row_R = jnp.repeat(jnp.arange(B), beams)
+    nothing = Texts(
+        ids_BJA=jnp.zeros((B, beams, budget), jnp.int32),
+        logprobs_BJA=jnp.zeros((B, beams, budget), jnp.float32),
+        count_BJ=jnp.zeros((B, beams), jnp.int32),
+        score_BJ=jnp.full((B, beams), DEAD, jnp.float32),
+        state_BJ=jnp.broadcast_to(rules.state_B[:, None], (B, beams)),
+    )
+    return Search(
+        cache=spread(cache, row_R, budget),
+        rules=rules,
+        controls=jax.tree.map(lambda x_B: x_B[row_R], rules.controls),
+        last_R=last_B[row_R],
+        prompt_R=cache.length_B[row_R] + 1,
+        # One beam alone: all of them are the same yet.
+        beams=dataclasses.replace(nothing, score_BJ=nothing.score_BJ.at[:, 0].set(0)),
+        found=nothing,
+        failed_B=jnp.zeros(B, bool),
+        open_B=rules.limit_B > 0,
+    )
+
+
+def grow(model, search: Search, steps) -> Search:
+    """Up to `steps` tokens more for all beams of the searches that are open."""
+    R = len(search.prompt_R)
+
+    def unfinished(carry):
+        step, search = carry
+        return (step < steps) & search.open_B.any()
+
+    def advance(carry):
+        step, search = carry
+        count_R = search.beams.count_BJ.reshape(R)
+        ids_RA = search.beams.ids_BJA.reshape(R, -1)
+        before_R1 = jnp.maximum(count_R - 1, 0)[:, None]
+        last_R = jnp.take_along_axis(ids_RA, before_R1, axis=1)[:, 0]
+        last_R = jnp.where(count_R == 0, search.last_R, last_R)
+        hidden_R1D, cache = model.llama(
+            model.llama.embed(last_R[:, None]),
+            jnp.full((R, 1), BRANCHES),
+            (search.prompt_R + count_R - 1)[:, None],
+            search.cache,
+        )
+        search = dataclasses.replace(search, cache=cache)
+        return step + 1, _extend(search, model.llama.logits(hidden_R1D[:, 0]))
+
+    return jax.lax.while_loop(unfinished, advance, (0, search))[1]
+
+
+def _extend(search: Search, logits_RV) -> Search:
+    """All beams one token longer."""
+    rules, open_B1 = search.rules, search.open_B[:, None]
+    B, J, A = search.beams.ids_BJA.shape
+    parent_BC, candidates = _candidates(search, logits_RV)
+    last = candidates.count_BJ.max() - 1  # the same in all
+    token_BC = candidates.ids_BJA[:, :, last]
+    ended_BC = (token_BC[..., None] == rules.end_ids_BE[:, None]).any(-1)
+    ended_BC |= candidates.state_BJ == FOUND
+    ended_BC |= candidates.count_BJ >= rules.limit_B[:, None]
+    kept_BJ = jax.lax.top_k(candidates.score_BJ + ended_BC * DEAD, J)[1]
+    beams = _take(candidates, kept_BJ)
+    beams = dataclasses.replace(
+        beams, score_BJ=beams.score_BJ + _at(ended_BC, kept_BJ) * DEAD
+    )
+    found = _collect(search, candidates, ended_BC & open_B1)
+    failed_B = ~jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1)).reshape(B, J).all(1)
+    going_B = _can_improve(rules, beams, found) & ~ended_BC.all(1) & ~failed_B
+    return dataclasses.replace(
+        search,
+        cache=_reorder(search.cache, _at(parent_BC, kept_BJ), places=A),
+        beams=beams,
+        found=found,
+        failed_B=search.failed_B | (failed_B & search.open_B),
+        open_B=search.open_B & going_B,
+    )
+
+
+def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
+    """The likeliest C pairs of a beam and a next token, and which beam: parent_BC.
+
+    C leaves J candidates even when the likeliest token of every beam and all end tokens
+    are among them. With a temperature they are drawn without replacement, in the order
+    of the draws: adding Gumbel noise to log-probabilities does that.
+    """
+    rules, controls, beams = search.rules, search.controls, search.beams
+    B, J, A = beams.ids_BJA.shape
+    V = logits_RV.shape[-1]
+    ends = rules.end_ids_BE.shape[1]
+    ids_RA, count_R = beams.ids_BJA.reshape(B * J, A), beams.count_BJ.reshape(B * J)
+    end_ids_RE = jnp.repeat(rules.end_ids_BE, J, axis=0)
+    logprobs_RV = jax.nn.log_softmax(logits_RV)
+    ruled_RV = jax.lax.cond(
+        jnp.any(controls.ruled_B),
+        lambda: sampling.rule(logprobs_RV, controls, ids_RA, count_R, end_ids_RE)[0],
+        lambda: logprobs_RV,
+    )
+
+    def add(step_RV):
+        return (step_RV.reshape(B, J, V) + beams.score_BJ[..., None]).reshape(B, J * V)
+
+    def drawn():
+        sampled_B1 = rules.controls.temperature_B[:, None] > 0
+        cut_RV = _cut(ruled_RV, controls, least=ends + 1)
+        score_BX = add(jnp.where(controls.temperature_B[:, None] > 0, cut_RV, ruled_RV))
+        noise_BX = gumbel(rules.controls.key_B, count_R[0], J * V)
+        return score_BX, score_BX + jnp.where(sampled_B1, noise_BX, 0)
+
+    def likeliest():
+        score_BX = add(ruled_RV)
+        return score_BX, score_BX
+
+    score_BX, order_BX = jax.lax.cond(
+        jnp.any(controls.temperature_B > 0), drawn, likeliest
+    )
+    chosen_BC = jax.lax.top_k(order_BX, (1 + ends) * J)[1]
+    parent_BC, token_BC = chosen_BC // V, chosen_BC % V
+    longer = _take(beams, parent_BC)
+    # All beams are as long.
+    at = count_R[0]
+    new_BC = _at(logprobs_RV.reshape(B, J * V), chosen_BC)
+    return parent_BC, Texts(
+        ids_BJA=longer.ids_BJA.at[:, :, at].set(token_BC),
+        logprobs_BJA=longer.logprobs_BJA.at[:, :, at].set(new_BC),
+        count_BJ=longer.count_BJ + 1,
+        score_BJ=_at(score_BX, chosen_BC),
+        state_BJ=rules.next_SV[longer.state_BJ, token_BC],
+    )
+
+
+def gumbel(key_B, count, size: int):
+    """The noise of token number `count`: [B size]."""
+
+    def row(key):
+        return jax.random.gumbel(jax.random.fold_in(key, count), (size,))
+
+    return jax.vmap(row)(key_B)
+
+
+def _cut(ruled_RV, controls: sampling.Controls, *, least: int):
+    """Log-probabilities over temperature; -inf where top-k, top-p or min-p cut.
+
+    `least` tokens are always left, so that end tokens alone never are.
+    """
+    least_R1 = jax.lax.top_k(ruled_RV, least)[0][:, -1:]
+    kept_RV = (sampling.weights(ruled_RV, controls) > 0) | (ruled_RV >= least_R1)
+    temperature_R = jnp.where(controls.temperature_B > 0, controls.temperature_B, 1)
+    return jnp.where(kept_RV, ruled_RV / temperature_R[:, None], -jnp.inf)
+
+
+def _collect(search: Search, candidates: Texts, ended_BC) -> Texts:
+    """The best J of the hypotheses so far and of the candidates that ended."""
+    found, rules = search.found, search.rules
+    B, J, _ = found.ids_BJA.shape
+    first_C = jnp.arange(ended_BC.shape[1]) < J  # the others are there to go on with
+    new_BC = ended_BC & first_C & (candidates.score_BJ > DEAD / 2)
+    length_BC = candidates.count_BJ.astype(jnp.float32)
+    score_BC = candidates.score_BJ / length_BC ** rules.length_penalty_B[:, None]
+    candidates = dataclasses.replace(
+        candidates,
+        count_BJ=jnp.where(new_BC, candidates.count_BJ, 0),
+        score_BJ=jnp.where(new_BC, score_BC, DEAD),
+    )
+    both = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts, axis=1), found, candidates
+    )
+    return _take(both, jax.lax.top_k(both.score_BJ, J)[1])
+
+
+def _can_improve(rules: Rules, beams: Texts, found: Texts):
+    """Whether a beam may still become a hypothesis that is kept: [B].
+
+    Judged by the best beam as if it ended now; `early_stopping="never"` with a positive
+    length penalty judges it as if it ended at the limit without getting less likely.
+    """
+    patient_B = (rules.early_B == EARLY["never"]) & (rules.length_penalty_B > 0)
+    length_B = jnp.where(patient_B, rules.limit_B, beams.count_BJ[:, 0])
+    length_B = jnp.maximum(length_B, 1).astype(jnp.float32)
+    best_B = beams.score_BJ[:, 0] / length_B**rules.length_penalty_B
+    full_B = (found.count_BJ > 0).all(1)
+    worst_B = jnp.where(full_B, found.score_BJ.min(1), DEAD)
+    return (best_B > worst_B) & ~(full_B & (rules.early_B == EARLY[True]))
+
+
+def _reorder(cache: Cache, parent_BJ, *, places: int) -> Cache:
+    """The cache with each row's answer, in the last `places`, that of its new beam."""
+    B, J = parent_BJ.shape
+    row_R = (parent_BJ + J * jnp.arange(B)[:, None]).reshape(B * J)
+
+    def move(x):
+        begin = x.shape[-3] - places
+        answers = jax.lax.slice_in_dim(x, begin, begin + places, axis=x.ndim - 3)
+        answers = jnp.take(answers, row_R, axis=x.ndim - 4)
+        return jax.lax.dynamic_update_slice_in_dim(x, answers, begin, x.ndim - 3)
+
+    k, v = jax.tree.map(move, (cache.k, cache.v))
+    return dataclasses.replace(cache, k=k, v=v)
+
+
+def _take(texts: Texts, index_BJ) -> Texts:
+    """Some of each request's texts."""
+
+    def pick(x):
+        index = index_BJ.reshape(*index_BJ.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1)
+
+    return jax.tree.map(pick, texts)
+
+
+def _at(x_BC, index_BJ):
+    return jnp.take_along_axis(x_BC, index_BJ, axis=1)
