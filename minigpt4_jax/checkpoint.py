@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -36,8 +37,10 @@ from minigpt4_jax.locate import (
     resolve,
     trainable_files,
 )
+from minigpt4_jax.models import quantised
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config, preset
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.storage import save_directory, save_trainables
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ __all__ = [
     "resolve",
     "save_directory",
     "save_trainables",
+    "structure",
 ]
 
 
@@ -66,6 +70,7 @@ def load_model(
     *,
     absent: Sequence[str] = (),
     seed: int = 0,
+    quantisation: Quantisation = Quantisation(),
 ) -> MiniGPT4:
     """The model of a converted directory, or of a work directory with its trainables.
 
@@ -74,6 +79,8 @@ def load_model(
         mesh: places weights by sharding.py; a device then reads only its own part.
         absent: patterns of parameter paths that the files may lack; those are drawn
             from `seed` and listed in the log.
+        quantisation: what is rounded while it is read, a layer of one tensor at a time,
+            so that the float weights are never held.
 
     Raises:
         CheckpointError: listing every absent, unknown and mis-shaped parameter.
@@ -82,19 +89,25 @@ def load_model(
     config = read_config(path)
     as_stored = dtypes.param == "file"
     built = replace(dtypes, param="float32") if as_stored else dtypes
-    graphdef, wanted = nnx.split(
-        nnx.eval_shape(lambda: MiniGPT4(config, dtypes=built, rngs=nnx.Rngs(0)))
-    )
-    params = {"/".join(map(str, p)): (p, v) for p, v in nnx.to_flat_state(wanted)}
+    graphdef, params = structure(config, built, Quantisation())
+    shapes = {k: v.shape for k, (_, v) in params.items()}
     with contextlib.ExitStack() as files:
         stored = open_all(path, files)
-        drawn = check(
-            path, stored, {k: v.shape for k, (_, v) in params.items()}, absent
-        )
-        values = _draw(config, built, drawn, seed)
+        drawn = check(path, stored, shapes, absent)
+        values: dict[str, Any] = _draw(config, built, drawn, seed)
+        if quantisation != Quantisation():
+            graphdef, params = structure(config, built, quantisation)
         for name, tensor in stored.items():
+            if f"{name}_scale" in params:
+                for own, rounded in _rounded(name, tensor, quantisation).items():
+                    values[own] = jax.device_put(
+                        rounded, _sharding(own, rounded.shape, mesh)
+                    )
+                continue
             dtype = _dtype(tensor) if as_stored else params[name][1].dtype
-            values[name] = _read(tensor, dtype, _sharding(name, tensor, mesh))
+            values[name] = _read(
+                tensor, dtype, _sharding(name, tensor.get_shape(), mesh)
+            )
     if drawn:
         logger.info("not in %s, drawn at random:\n  %s", path, "\n  ".join(drawn))
     flat = [(p, variable.replace(values[k])) for k, (p, variable) in params.items()]
@@ -190,6 +203,21 @@ def _parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
     model = nnx.eval_shape(lambda: MiniGPT4(config, rngs=nnx.Rngs(0)))
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def structure(config: MiniGPT4Config, dtypes: DTypes, quantisation: Quantisation):
+    """A model's graph, and its abstract parameters with their paths, by joined path."""
+
+    def make():
+        model = MiniGPT4(config, dtypes=dtypes, rngs=nnx.Rngs(0))
+        model.quantise(quantisation)
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return graphdef, {
+        "/".join(map(str, path)): (path, param)
+        for path, param in nnx.to_flat_state(state)
+    }
 
 
 # Reading.
@@ -308,10 +336,8 @@ def _dtype(tensor: Any) -> np.dtype:
     return jnp.dtype(_DTYPES[stored])
 
 
-def _sharding(name: str, tensor: Any, mesh: jax.sharding.Mesh | None):
-    if mesh is None:
-        return None
-    return sharding.parameter_sharding(name, tuple(tensor.get_shape()), mesh)
+def _sharding(name: str, shape: Sequence[int], mesh: jax.sharding.Mesh | None):
+    return mesh and sharding.parameter_sharding(name, tuple(shape), mesh)
 
 
 def _read(tensor: Any, dtype: Any, where: Any) -> jax.Array:
@@ -327,3 +353,28 @@ def _read(tensor: Any, dtype: Any, where: Any) -> jax.Array:
             tuple(tensor.get_shape()), where, lambda index: np.asarray(tensor[index])
         )
     return stored.astype(dtype)
+
+
+def _rounded(
+    name: str, tensor: Any, quantisation: Quantisation
+) -> dict[str, np.ndarray]:
+    """A kernel or an embedding in few bits with its scale, by the names of both."""
+    if name.endswith("embedding"):
+        whole, scale = quantised.int8(jnp.asarray(tensor[...]).T)
+        return {name: np.asarray(whole.T), f"{name}_scale": np.asarray(scale)}
+    shape = tuple(tensor.get_shape())
+    stacked = "/blocks/" in name
+    axes = 2 if stacked and name.endswith("attn/out/kernel") else 1
+    ins = math.prod(shape[stacked : stacked + axes])
+    make = getattr(quantised, quantisation.kind(name, ins))
+    if not stacked:
+        both = make(jnp.asarray(tensor[...]), axes=axes)
+        return dict(zip((name, f"{name}_scale"), map(np.asarray, both)))
+    made: tuple[np.ndarray, ...] = ()
+    for i in range(shape[0]):
+        both = make(jnp.asarray(tensor[i : i + 1][0]), axes=axes)
+        if not made:
+            made = tuple(np.empty((shape[0], *x.shape), x.dtype) for x in both)
+        for whole, layer in zip(made, both):
+            whole[i] = layer
+    return dict(zip((name, f"{name}_scale"), made))

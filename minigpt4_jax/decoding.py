@@ -330,4 +330,5 @@ def _row_axes(decoding: Decoding) -> Decoding:
     axes = jax.tree.map(lambda _: 0, decoding)
     if isinstance(decoding.cache.k, tuple):
         return axes
-    return dataclasses.replace(axes, cache=dataclasses.replace(axes.cache, k=1, v=1))
+    k, v = jax.tree.map(lambda _: 1, (decoding.cache.k, decoding.cache.v))
+    return dataclasses.replace(axes, cache=dataclasses.replace(axes.cache, k=k, v=v))

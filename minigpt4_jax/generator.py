@@ -6,23 +6,28 @@
 Everything here is thin over `submit`: requests in, events out (request.py).
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from minigpt4_jax import checkpoint, locate
+from minigpt4_jax import checkpoint, locate, memory
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
 from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
 from minigpt4_jax.score import Score, score
 
+logger = logging.getLogger(__name__)
+
+PREFIX_BYTES = 512 << 20
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
@@ -45,6 +50,7 @@ class Generator:
     Attributes:
         engine: what answers; `Server` runs it for many threads.
         model: the plain NNX module; on CPU its decoder's blocks are a list.
+        need: the memory that was told when it was loaded.
         tokenizer: text to ids and back.
     """
 
@@ -57,10 +63,11 @@ class Generator:
         chunk: int = 8,
         drafts: int = 0,
         places: int | None = None,
-        prefix_bytes: int = 512 << 20,
+        prefix_bytes: int = PREFIX_BYTES,
     ):
         self.model = model
         self.tokenizer = tokenizer
+        self.need: memory.Needs | None = None
         self.engine = Engine(
             model,
             tokenizer,
@@ -77,6 +84,9 @@ class Generator:
         name_or_path: str | Path = "demo",
         *,
         dtype: str | None = None,
+        quantize: str = "",
+        vision: str = "",
+        kv: str = "",
         **options: Any,
     ) -> "Generator":
         """The converted model "demo", another converted directory, or a training run.
@@ -88,22 +98,39 @@ class Generator:
             name_or_path: a training work directory gives the model it trains with its
                 newest trainables; "WORKDIR@1000" with those of a step that it keeps.
             dtype: of weights and products; default float32 on CPU, else bfloat16.
+            quantize: "int8" or "int4" rounds the decoder's weights while they are read;
+                vision="int8" does it to the ViT's, and kv="int8" to keys and values.
             options: batch_size, chunk, drafts, places, prefix_bytes, as above.
 
         Raises:
-            ConfigError: another dtype, or an option below what it can be.
+            ConfigError: another dtype or quantisation, an option below what it can be,
+                or no room for the weights.
             CheckpointError: not there, damaged or of a newer format; says what to do.
         """
         _keep_compiled_programs()
         dtypes = default_dtypes(dtype)
+        quantisation = Quantisation(quantize, vision, kv)
         path = checkpoint.resolve(name_or_path)
-        model = checkpoint.load_model(path, dtypes)
+        batch, tokens = options.get("batch_size", 8), options.get("places")
+        need = memory.needs(
+            checkpoint.read_config(path),
+            dtypes,
+            quantisation,
+            batch=batch,
+            tokens=tokens or memory.TOKENS,
+            prefix_bytes=options.get("prefix_bytes", PREFIX_BYTES),
+        )
+        logger.info("memory: %s", need)
+        with memory.told(need):
+            model = checkpoint.load_model(path, dtypes, quantisation=quantisation)
         tokenizer = load_tokenizer(
             checkpoint.base_directory(path),
             bos_id=model.cfg.bos_id,
             eos_ids=model.cfg.eos_ids,
         )
-        return cls(model, tokenizer, **options)
+        generator = cls(model, tokenizer, **options)
+        generator.need = need
+        return generator
 
     def __call__(
         self,
@@ -189,7 +216,8 @@ class Generator:
         Requests are read as room becomes free, so an endless iterator is fine. One that
         cannot be answered gives an event with finish_reason "error".
         """
-        return self.engine.submit(requests)
+        with memory.told(self.need):
+            yield from self.engine.submit(requests)
 
     def cancel(self, request_id: str) -> None:
         """End a request that was submitted, within a chunk; from any thread."""

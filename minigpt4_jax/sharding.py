@@ -40,6 +40,7 @@ RULES = (
     (r"(vit|llama)/blocks/(attn|mlp)/(out|down)/bias", P()),
     (r"(vit|llama)/blocks/(norm1|norm2|attn_norm|mlp_norm|layer_scale.)(/.*)?", P()),
     (r"llama/norm/scale", P()),
+    (r"(vit|llama)/.*(kernel|embedding)_scale", P()),  # of weights in few bits
 )
 
 

@@ -16,6 +16,7 @@ from minigpt4_jax import checkpoint, locate, sharding, storage
 from minigpt4_jax.errors import CheckpointError, ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.models.quantised import Quantisation
 from tests import tiny
 
 CONNECTOR = ("qformer/.*", "projector/.*")
@@ -418,3 +419,31 @@ def test_a_reloaded_model_computes_the_same(directory):
     np.testing.assert_array_equal(
         first.encode_image(pixels_BHWC), second.encode_image(pixels_BHWC)
     )
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_rounded_while_read_are_those_rounded_afterwards(tmp_path, kind):
+    how = Quantisation(kind, vision="int8", kv="int8")
+    loaded = checkpoint.load_model(tiny.save(tmp_path / "m"), quantisation=how)
+    model = tiny.model()
+    model.quantise(how)
+    assert nnx.graphdef(loaded) == nnx.graphdef(model)
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (loaded, model))
+    assert ours.keys() == theirs.keys()
+    for path, param in theirs.items():
+        np.testing.assert_array_equal(ours[path][...], param[...], str(path))
+
+
+def test_float_weights_are_read_a_layer_at_a_time_when_they_are_rounded():
+    class Tensor:
+        read = []
+
+        def get_shape(self):
+            return [3, 64, 5]
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return np.ones((1, 64, 5), np.float32)
+
+    checkpoint._rounded("llama/blocks/mlp/up/kernel", Tensor(), Quantisation("int4"))
+    assert Tensor.read == [slice(0, 1), slice(1, 2), slice(2, 3)]

@@ -153,3 +153,15 @@ def test_settings_that_would_never_end_or_mean_something_else_are_refused(gen):
             Generator(gen.model, gen.tokenizer, **{name: 0})
     with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
         Generator.load("demo", dtype="bfloat")
+
+
+def test_a_quantised_model_is_loaded_and_answers(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MINIGPT4_JAX_CACHE", str(tmp_path))
+    saved = tiny.save(tmp_path / "model")
+    with caplog.at_level("INFO", "minigpt4_jax"):
+        loaded = Generator.load(saved, quantize="int4", vision="int8", kv="int8")
+    assert loaded.model.llama.blocks[0].mlp.up.kernel.dtype == "uint8"
+    assert "rows of 1024 tokens" in caplog.text and "uint8" in caplog.text
+    assert loaded("Hm?", tiny.image(), sampling=SHORT)
+    with pytest.raises(ConfigError, match="int8"):
+        Generator.load(saved, quantize="int3")

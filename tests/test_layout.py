@@ -40,7 +40,12 @@ ROOMS = (
     (r".*/__init__", set(), r""),
     (r"minigpt4_jax/errors", {"absl"}, r""),
     (r"minigpt4_jax/request", set(), rf"{ERRORS}"),
-    (r"minigpt4_jax/models/layers", NET, rf"{ERRORS}"),
+    (r"minigpt4_jax/models/quantised", {"jax"}, ERRORS),
+    (
+        r"minigpt4_jax/models/layers",
+        NET,
+        rf"{ERRORS}|minigpt4_jax\.models(\.quantised)?",
+    ),
     (
         r"minigpt4_jax/models/vit",
         {*NET, "numpy"},
@@ -49,7 +54,7 @@ ROOMS = (
     (
         r"minigpt4_jax/models/(qformer|llama)",
         NET,
-        rf"{ERRORS}|minigpt4_jax\.models\.layers",
+        rf"{ERRORS}|minigpt4_jax\.models(\.(layers|quantised))?",
     ),
     (r"minigpt4_jax/models/minigpt4", NET, rf"{ERRORS}|{MODELS}"),
     (r"minigpt4_jax/data/images", {"numpy", "PIL"}, rf"{ERRORS}"),
@@ -92,7 +97,8 @@ ROOMS = (
     (
         r"minigpt4_jax/checkpoint",
         {*NET, "numpy", "safetensors"},
-        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.(sharding|locate|storage|kept)",
+        rf"{ERRORS}|{MODELS}|minigpt4_jax|"
+        r"minigpt4_jax\.(models|sharding|locate|storage|kept)",
     ),
     (
         r"minigpt4_jax/features",
@@ -159,12 +165,17 @@ ROOMS = (
         r"minigpt4_jax/generator",
         {"jax"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(checkpoint|engine|locate|reading|score)",
+        r"minigpt4_jax\.(checkpoint|engine|locate|memory|reading|score)",
     ),
     (
         r"minigpt4_jax/loop",
         set(),
         rf"{ERRORS}|{REQUEST}|minigpt4_jax\.(generator|reading)",
+    ),
+    (
+        r"minigpt4_jax/memory",
+        {"jax"},
+        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.checkpoint",
     ),
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (

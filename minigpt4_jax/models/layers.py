@@ -5,6 +5,7 @@ key/value head of grouped-query attention, M any width.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.models import quantised
 
 BRANCHES = 256  # a segment id is example * BRANCHES + branch
 KINDS = {  # of the fields of a preset, as someone who writes JSON calls them
@@ -118,7 +120,15 @@ PRODUCT = "product"  # checkpoint name of what `linear` multiplied
 
 
 def linear(
-    x, kernel, bias=None, *, dtypes: DTypes, axes: int = 1, outs=None, out_dtype=None
+    x,
+    kernel,
+    bias=None,
+    *,
+    dtypes: DTypes,
+    axes: int = 1,
+    outs=None,
+    out_dtype=None,
+    scale=None,
 ):
     """Multiply the last `axes` dimensions of x by a kernel's first, and add the bias.
 
@@ -133,22 +143,34 @@ def linear(
         bias: [out] or None.
         outs: the output dimensions; None: those of the kernel.
         out_dtype: dtype of the result, which sums keep anyway (None: compute).
+        scale: of a kernel of whole numbers, as models/quantised.py made both.
     """
     compute = jnp.dtype(dtypes.compute)
     rest, ins = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     outs = kernel.shape[axes:] if outs is None else outs
     columns = math.prod(outs)
-    blocks = kernel.shape[0] // ins if kernel.ndim == 2 else 1
-    # As matrices: a TPU's compiler makes convolutions of products over two dimensions,
-    # and of one over heads and their features a slow one.
-    shape = (ins, columns) if blocks < 2 else (blocks, ins, columns // blocks)
-    y = jax.lax.dot_general(
-        x.astype(compute).reshape(*rest, ins),
-        kernel.astype(compute).reshape(shape),
-        (((len(rest),), (len(shape) - 2,)), ((), ())),
-        preferred_element_type=out_dtype,
-    )
-    y = checkpoint_name(y.reshape(*rest, columns), PRODUCT).reshape(*rest, *outs)
+    x = x.astype(compute).reshape(*rest, ins)
+
+    def multiply(x, kernel):
+        blocks = kernel.shape[0] // x.shape[-1] if kernel.ndim == 2 else 1
+        # As matrices: a TPU's compiler makes convolutions of products over two
+        # dimensions, and of one over heads and their features a slow one.
+        shape: tuple[int, ...] = (x.shape[-1], columns)
+        if blocks > 1:
+            shape = (blocks, x.shape[-1], columns // blocks)
+        y = jax.lax.dot_general(
+            x,
+            kernel.astype(compute).reshape(shape),
+            (((len(rest),), (len(shape) - 2,)), ((), ())),
+            preferred_element_type=out_dtype,
+        )
+        return y.reshape(*rest, columns)
+
+    if scale is None:
+        y = multiply(x, kernel)
+    else:
+        y = quantised.product(multiply, x, kernel, scale)
+    y = checkpoint_name(y, PRODUCT).reshape(*rest, *outs)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -171,6 +193,7 @@ class Linear(nnx.Module):
         ins = (in_shape,) if isinstance(in_shape, int) else in_shape
         outs = (out_shape,) if isinstance(out_shape, int) else out_shape
         self.axes = len(ins)
+        self.ins = math.prod(ins)
         self.outs = outs
         self.dtypes = dtypes
         std = 1 / math.sqrt(math.prod(ins)) if std is None else std
@@ -179,6 +202,18 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(outs, dtypes.param))
         self.use_bias = use_bias
+        self.quantised = False
+
+    def quantise(self, kind: str) -> None:
+        """Store the kernel as `kind`, int8 or int4."""
+        make = functools.partial(getattr(quantised, kind), axes=self.axes)
+        kernel = self.kernel[...]
+        # A stack's kernels have a leading L.
+        stacked = kernel.ndim > self.axes + len(self.outs)
+        kernel, scale = (jax.vmap(make) if stacked else make)(kernel)
+        self.kernel = nnx.Param(kernel)
+        self.kernel_scale = nnx.Param(scale)
+        self.quantised = True
 
     def __call__(self, x, out_dtype=None):
         bias = self.bias[...] if self.use_bias else None
@@ -190,6 +225,7 @@ class Linear(nnx.Module):
             axes=self.axes,
             outs=self.outs,
             out_dtype=out_dtype,
+            scale=self.kernel_scale[...] if self.quantised else None,
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.models import quantised
 from minigpt4_jax.models.layers import (
     Capture,
     DTypes,
@@ -89,18 +90,22 @@ PRESETS = {
 }
 
 
+KV = jax.Array | quantised.Int8
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of what was read, in S places a row; places fill from 0.
 
-    k, v: [L B S G K], or a tuple over layers of [B S G K] when blocks are a list.
+    k, v: [L B S G K], or a tuple over layers of [B S G K] when blocks are a list; each
+        an array or, in eight bits, an Int8.
     segments_BS, positions_BS: what `attention_mask` needs; segment 0 is an empty place.
     length_B: places used, so the next token of row b goes to length_B[b].
     """
 
-    k: jax.Array | tuple[jax.Array, ...]
-    v: jax.Array | tuple[jax.Array, ...]
+    k: KV | tuple[KV, ...]
+    v: KV | tuple[KV, ...]
     segments_BS: jax.Array
     positions_BS: jax.Array
     length_B: jax.Array
@@ -113,6 +118,7 @@ class Llama(nnx.Module):
         self.cfg = cfg
         self.remat = False  # MiniGPT4.set_remat
         self.gather = None  # MiniGPT4.set_gather
+        self.kv_int8 = False  # MiniGPT4.quantise
         self.dtypes = dtypes
         self.embed = Embedding(cfg, dtypes=dtypes, rngs=rngs)
         self.blocks = make_stack(
@@ -128,14 +134,18 @@ class Llama(nnx.Module):
         """An empty cache for `places` tokens in each of `batch` rows."""
         cfg = self.cfg
         shape = (batch, places, cfg.num_kv_heads, cfg.head_size)
-        dtype = jnp.dtype(self.dtypes.compute)
+
+        def empty(*shape):
+            zeros = jnp.zeros(shape, jnp.dtype(self.dtypes.compute))
+            return quantised.Int8.of(zeros) if self.kv_int8 else zeros
+
         if isinstance(self.blocks, nnx.List):
             # A list comprehension each: two names for one buffer cannot be donated.
-            k = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
-            v = tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
+            k = tuple(empty(*shape) for _ in range(cfg.num_layers))
+            v = tuple(empty(*shape) for _ in range(cfg.num_layers))
         else:
-            k = jnp.zeros((cfg.num_layers, *shape), dtype)
-            v = jnp.zeros((cfg.num_layers, *shape), dtype)
+            k = empty(cfg.num_layers, *shape)
+            v = empty(cfg.num_layers, *shape)
         return Cache(
             k=k,
             v=v,
@@ -198,8 +208,7 @@ class Llama(nnx.Module):
         # makes ties of a greedy choice.
         if not self.cfg.tie_embeddings:
             return self.head(hidden_BTD, jnp.float32)
-        kernel_DV = self.embed.embedding[...].T
-        return linear(hidden_BTD, kernel_DV, dtypes=self.dtypes, out_dtype=jnp.float32)
+        return self.embed.logits(hidden_BTD)
 
 
 class Embedding(nnx.Module):
@@ -207,12 +216,35 @@ class Embedding(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
         self.dtypes = dtypes
+        self.ins = cfg.width
         shape = (cfg.vocab_size, cfg.width)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtypes.param))
+        self.quantised = False
+
+    def quantise(self, kind: str) -> None:
+        """Store it as int8, a scale for each token."""
+        assert kind == "int8"
+        values_DV, scale_V = quantised.int8(self.embedding[...].T)
+        self.embedding = nnx.Param(values_DV.T)
+        self.embedding_scale = nnx.Param(scale_V)
+        self.quantised = True
 
     def __call__(self, ids_BT):
-        return self.embedding[...][ids_BT].astype(self.dtypes.output)
+        x_BTD = self.embedding[...][ids_BT]
+        if self.quantised:
+            x_BTD = x_BTD * self.embedding_scale[...][ids_BT][..., None]
+        return x_BTD.astype(self.dtypes.output)
+
+    def logits(self, hidden_BTD):
+        """Products with all embeddings, where they are the head too."""
+        return linear(
+            hidden_BTD,
+            self.embedding[...].T,
+            dtypes=self.dtypes,
+            out_dtype=jnp.float32,
+            scale=self.embedding_scale[...] if self.quantised else None,
+        )
 
 
 class Block(nnx.Module):
@@ -252,6 +284,8 @@ class Attention(nnx.Module):
             k_BSGK = write(kv[0], k_BSGK, length_B)
             v_BSGK = write(kv[1], v_BSGK, length_B)
             kv = (k_BSGK, v_BSGK)
+            if isinstance(k_BSGK, quantised.Int8):
+                k_BSGK, v_BSGK = (x.floats(q_BTNK.dtype) for x in kv)
         return self.out(attend(q_BTNK, k_BSGK, v_BSGK, mask_BTS)), kv
 
 
@@ -320,6 +354,9 @@ def rotate(x_BTNK, angles_BTK):
 
 def write(cache_BS, new_BT, length_B):
     """Put T new entries into each row's places length_B ... length_B + T - 1."""
+    if isinstance(cache_BS, quantised.Int8):
+        new = quantised.Int8.of(new_BT)
+        return jax.tree.map(lambda old, new: write(old, new, length_B), cache_BS, new)
 
     def row(cache_S, new_T, length):
         start = (length, *[0] * (cache_S.ndim - 1))

@@ -23,6 +23,7 @@ from minigpt4_jax.models.layers import (
 )
 from minigpt4_jax.models.llama import Cache, Llama, LlamaConfig
 from minigpt4_jax.models.qformer import QFormer, QFormerConfig
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.models.vit import ViT, ViTConfig
 
 TOWERS: dict[str, tuple[type, Mapping[str, Any]]] = {
@@ -220,6 +221,19 @@ class MiniGPT4(nnx.Module):
         for name in ("vit", "llama"):
             tower: Any = getattr(self, name)
             tower.gather = functools.partial(gather, f"{name}/blocks")
+
+    def quantise(self, how: Quantisation) -> None:
+        """Store weights and cache as `how` says, in the model itself (not of a list)."""
+        towers = {"vit": self.vit, "llama": self.llama}
+        for tower, module in towers.items():
+            for path, part in list(nnx.iter_modules(module)):
+                name = "/".join(map(str, (tower, *path)))
+                if isinstance(part, Linear | llama_lib.Embedding):
+                    leaf = "kernel" if isinstance(part, Linear) else "embedding"
+                    kind = how.kind(f"{name}/{leaf}", part.ins)
+                    if kind:
+                        part.quantise(kind)
+        self.llama.kv_int8 = how.kv == "int8"
 
     def encode_image(self, pixels_BHWC, capture: Capture | None = None) -> jax.Array:
         """Normalised pixels -> image_BQD, as wide as the decoder's embeddings."""

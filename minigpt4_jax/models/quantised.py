@@ -1,0 +1,204 @@
+"""Weights in 8 or 4 bits: float matrices -> whole numbers and scales, and back.
+
+int8 has one scale for each output, so it is applied to sums. int4 has a scale and an
+offset for each group of inputs of an output, float16, and two numbers in a byte. Numbers
+are rounded once, when weights are loaded; activations stay floats.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from minigpt4_jax.errors import ConfigError, unknown
+
+KINDS = ("int8", "int4")
+# In wide models 128 weights share a scale (4.25 bits a weight), as in GPTQ and AWQ. Narrow
+# ones lose more by rounding and have little to save: 32, as in GGUF's Q4_1, whose weights
+# so come back unchanged (5 bits).
+WIDE = 4096
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range; the one with least error
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantisation:
+    """What is stored in few bits; "" is what DTypes says.
+
+    decoder: "int8" or "int4" for its kernels; embeddings and head are then int8.
+    vision: "int8" for the kernels of the ViT's blocks.
+    kv: "int8" for the keys and values that decoding keeps, a scale for each head.
+    """
+
+    decoder: str = ""
+    vision: str = ""
+    kv: str = ""
+
+    def __post_init__(self):
+        for name, known in (
+            ("decoder", KINDS),
+            ("vision", KINDS[:1]),
+            ("kv", KINDS[:1]),
+        ):
+            value = getattr(self, name)
+            if value and value not in known:
+                # The decoder's is called as the argument of Generator.load.
+                name = "quantize" if name == "decoder" else name
+                raise ConfigError(unknown(name, value, known))
+
+    def kind(self, path: str, ins: int) -> str:
+        """How the parameter at `path` with `ins` inputs is stored."""
+        tower, *_, leaf = path.split("/")
+        if leaf not in ("kernel", "embedding"):
+            return ""
+        if tower == "vit":
+            return self.vision if "/blocks/" in path else ""
+        if tower != "llama":
+            return ""
+        whole = "/blocks/" not in path or not group_size(ins)
+        return "int8" if self.decoder and whole else self.decoder
+
+
+def group_size(ins: int) -> int:
+    """Inputs that share a scale in int4; 0 where an odd number cannot be paired."""
+    most = 128 if ins >= WIDE else 32
+    return next(
+        (g for g in (128, 64, 32, 16, 8, 4, 2) if g <= most and not ins % (2 * g)), 0
+    )
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def int8(kernel, axes: int = 1):
+    """[in, out] -> (int8 of that shape, float32 scale [out]); `axes` are of `in`.
+
+    A weight is off by at most half its output's scale, largest / 127.
+    """
+    kernel = kernel.astype(jnp.float32)
+    scale = jnp.abs(kernel).max(range(axes)) / 127
+    steps = kernel / jnp.where(scale == 0, 1, scale)
+    return jnp.round(steps).astype(jnp.int8), scale
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def int4(kernel, axes: int = 1):
+    """[in, out] -> (uint8 [in/2, out], float16 scale and offset [in/group, 2, out]).
+
+    All input dimensions become one, so do those of the output. A byte has inputs i and
+    i + group, of two neighbouring groups.
+    """
+    ins = 1
+    for size in kernel.shape[:axes]:
+        ins *= size
+    group = group_size(ins)
+    x_GIO = kernel.astype(jnp.float32).reshape(ins // group, group, -1)
+    low_G1O, high_G1O = x_GIO.min(1, keepdims=True), x_GIO.max(1, keepdims=True)
+    best = None
+    for shrink in SHRINKS:
+        step = ((high_G1O - low_G1O) * shrink / 15).astype(jnp.float16)
+        middle = (low_G1O + high_G1O) / 2
+        start = jnp.where(step == 0, middle, middle - 7.5 * step.astype(jnp.float32))
+        start = start.astype(jnp.float16)
+        whole = (x_GIO - start) / jnp.where(step == 0, 1, step).astype(jnp.float32)
+        whole = jnp.clip(jnp.round(whole), 0, 15)
+        error = ((whole * step + start - x_GIO) ** 2).sum(1, keepdims=True)
+        found = (error, whole, step, start)
+        if best is None:
+            best = found
+        else:
+            better = error < best[0]
+            best = tuple(jnp.where(better, new, old) for new, old in zip(found, best))
+    _, whole, step, start = best
+    pairs = whole.astype(jnp.uint8).reshape(-1, 2, *whole.shape[1:])
+    packed = pairs[:, 0] | (pairs[:, 1] << 4)
+    return packed.reshape(ins // 2, -1), jnp.concatenate([step, start], axis=1)
+
+
+def unpacked(kernel, scale, dtype):
+    """What `int4` made -> [in, out] in `dtype`."""
+    outs, groups = kernel.shape[-1], scale.shape[0]
+    pairs = kernel.reshape(groups // 2, 1, -1, outs)
+    shift = jnp.array([0, 4], jnp.uint8).reshape(1, 2, 1, 1)
+    whole = ((pairs >> shift) & 15).reshape(groups, -1, outs)
+    # float32: whole * step + offset rounds once, at the end.
+    step, start = scale[:, :1].astype(jnp.float32), scale[:, 1:].astype(jnp.float32)
+    return (whole.astype(jnp.float32) * step + start).astype(dtype).reshape(-1, outs)
+
+
+FEW = 16  # rows that read a kernel; more are worth writing it as floats
+PIECE = 12e6  # bytes of floats that a CPU's caches hold
+
+
+def product(multiply: Callable, x, kernel, scale):
+    """x [..., in] times a kernel of whole numbers.
+
+    XLA:CPU multiplies floats only. What it converts does not depend on x, so it does that
+    at the start of a program: all kernels, into memory of their own. So here a kernel
+    waits for its x, and a large one is converted and multiplied piece by piece; the
+    pieces follow one another through memory that stays in the caches.
+
+    Args:
+        multiply: (x, kernel of floats or int8) -> their product.
+    """
+    rows, ins = math.prod(x.shape[:-1]), x.shape[-1]
+
+    def whole(x, kernel, scale):
+        if kernel.dtype == jnp.uint8:
+            return multiply(x, unpacked(kernel, scale, x.dtype))
+        y = multiply(x, kernel)
+        return (y * scale.reshape(-1)).astype(y.dtype)
+
+    def waiting(x, kernel, scale):
+        never = jax.lax.stop_gradient(x).ravel()[0] > 1e30
+        return whole(x, kernel ^ never.astype(kernel.dtype), scale)
+
+    pieces = 1 if rows > FEW else _pieces(ins, kernel, scale, x.dtype.itemsize)
+    cpu = functools.partial(_in_pieces, whole, pieces) if pieces > 1 else waiting
+    return jax.lax.platform_dependent(x, kernel, scale, cpu=cpu, default=whole)
+
+
+def _pieces(ins: int, kernel, scale, size: int) -> int:
+    """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
+    packed = kernel.dtype == jnp.uint8
+    if not packed and kernel.ndim == 2 and kernel.shape[0] > ins:
+        return 1  # in column blocks (sharding.held), for training
+    weights = kernel.size * (2 if packed else 1)
+    pairs = scale.shape[0] // 2 if packed else ins  # of groups; not to be cut
+    least = math.ceil(weights * size / PIECE)
+    return next((n for n in range(least, pairs + 1) if pairs % n == 0), 1)
+
+
+def _in_pieces(whole: Callable, pieces: int, x, kernel, scale):
+    packed = kernel.dtype == jnp.uint8
+    ins = x.shape[-1]
+    kernels = kernel.reshape(pieces, ins // pieces // (2 if packed else 1), -1)
+    scales = scale.reshape(pieces, -1, *scale.shape[1:]) if packed else None
+
+    def step(total, inputs):
+        i, kernel, own = inputs
+        part = jax.lax.dynamic_slice_in_dim(x, i * (ins // pieces), ins // pieces, -1)
+        return total + whole(part, kernel, scale if own is None else own), None
+
+    like = jax.eval_shape(whole, x, kernel, scale)
+    total = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.scan(step, total, (jnp.arange(pieces), kernels, scales))[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """Keys or values of a cache: int8 [..., K] and a float32 scale [..., 1] a head."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def of(cls, x) -> "Int8":
+        x = x.astype(jnp.float32)
+        scale = jnp.abs(x).max(-1, keepdims=True) / 127
+        steps = x / jnp.where(scale == 0, 1, scale)
+        return cls(jnp.round(steps).astype(jnp.int8), scale)
+
+    def floats(self, dtype):
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)

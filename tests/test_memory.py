@@ -1,0 +1,98 @@
+"""What a model needs: the published sizes by formula, and the formula against XLA."""
+
+import dataclasses
+
+import jax
+import pytest
+import tiny
+from flax import nnx
+
+from minigpt4_jax import decoding, memory
+from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.minigpt4 import (
+    MINIGPT4_VICUNA_7B,
+    MINIGPT4_VICUNA_13B,
+    MiniGPT4,
+)
+from minigpt4_jax.models.quantised import Quantisation
+
+HALF = DTypes("bfloat16", "bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "config, kind, most",
+    [
+        (MINIGPT4_VICUNA_7B, "int8", 9),
+        (MINIGPT4_VICUNA_13B, "int8", 16),
+        (MINIGPT4_VICUNA_13B, "int4", 10),
+    ],
+)
+def test_a_row_of_1024_tokens_with_an_image_fits(config, kind, most):
+    small = Quantisation(kind, vision="int8", kv="int8")
+    need = memory.needs(config, HALF, small)
+    assert 0.8 * most < need.total / memory.GB < most
+    assert memory.needs(config, HALF).total > 2 * need.total - 4 * memory.GB
+
+
+def test_weights_are_counted_as_they_are_held():
+    for how in (Quantisation(), Quantisation("int4", "int8", "int8")):
+        model = tiny.model()
+        model.quantise(how)
+        held = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+        cache = model.llama.new_cache(2, 40)
+        need = memory.needs(tiny.CONFIG, DTypes(), how, batch=2, tokens=40)
+        assert sum(need.weights.values()) == held
+        both = sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v)))
+        assert need.kv == 1.5 * both  # of a third row a prompt is being read
+
+
+def test_out_of_memory_says_what_was_needed_and_what_to_change():
+    need = memory.needs(tiny.CONFIG, DTypes(), Quantisation("int8"), batch=2)
+    for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x")):
+        with pytest.raises(ConfigError) as said, memory.told(need):
+            raise error
+        text = str(said.value)
+        assert "2 rows of 1024 tokens" in text and "the device has" in text
+        assert 'quantize="int4"' in text and 'quantize="int8"' not in text
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.told(need):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another")
+
+
+def test_the_formula_holds_for_what_is_compiled():
+    # Large enough that arrays outweigh what is left out, small enough to compile.
+    llama = dataclasses.replace(
+        tiny.CONFIG.llama, width=96, mlp_width=384, num_heads=8, head_size=12
+    )
+    config = dataclasses.replace(tiny.CONFIG, llama=llama)
+    for how in (Quantisation(), Quantisation("int8", kv="int8")):
+        need = memory.needs(config, DTypes(), how, tokens=512)
+        used = _temporaries(config, how, tokens=512)
+        assert 0.5 * need.activations < used < need.activations
+
+
+def _temporaries(config, how: Quantisation, tokens: int) -> int:
+    """Bytes that XLA gives the program that reads a piece of a prompt."""
+
+    def make():
+        model = MiniGPT4(config, rngs=nnx.Rngs(0))
+        model.quantise(how)
+        return model
+
+    model = nnx.eval_shape(make)
+    graphdef, weights = nnx.split(model)
+    cache = jax.eval_shape(lambda: make().llama.new_cache(1, tokens))
+    T = memory.PIECE
+    compiled = (
+        decoding.programs(graphdef)
+        .read.lower(
+            weights,
+            cache,
+            jax.ShapeDtypeStruct((1, T), "int32"),
+            jax.ShapeDtypeStruct((1, T), "bool"),
+            jax.ShapeDtypeStruct((1,), "int32"),
+            jax.ShapeDtypeStruct((1, config.num_slots, config.llama.width), "float32"),
+        )
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes

@@ -1,0 +1,159 @@
+"""Weights in few bits: how far they are off, and what is multiplied by them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.generator import Generator
+from minigpt4_jax.models import quantised
+from minigpt4_jax.models.layers import DTypes, linear
+from minigpt4_jax.models.quantised import Int8, Quantisation
+from minigpt4_jax.request import GREEDY, Request, user
+
+FLOATS = DTypes()
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def dequantised(kernel, scale):
+    if kernel.dtype == jnp.uint8:
+        return np.asarray(quantised.unpacked(kernel, scale, jnp.float32))
+    return np.asarray(kernel * scale)
+
+
+def test_int8_is_off_by_half_a_step_of_its_output_at_most():
+    kernel = normal(24, 5, 7) * 10.0 ** np.arange(-3, 4)  # outputs of all sizes
+    whole, scale = quantised.int8(kernel)
+    assert whole.shape == (24, 5, 7) and whole.dtype == jnp.int8
+    off = np.abs(dequantised(whole, scale) - kernel)
+    assert (off <= 0.501 * np.abs(kernel).max(0) / 127).all()
+
+
+def test_int4_is_off_by_less_than_a_step_of_its_group():
+    kernel = normal(128, 11)
+    packed, scale = quantised.int4(kernel)
+    assert (
+        packed.shape == (64, 11) and packed.nbytes + scale.nbytes == 128 * 11 * 5 // 8
+    )
+    groups = kernel.reshape(4, 32, 11)
+    step = (groups.max(1) - groups.min(1)) / 15
+    off = np.abs(dequantised(packed, scale) - kernel).reshape(4, 32, 11)
+    assert (
+        off.max(1) <= 1.6 * step
+    ).all()  # a range may be cut by a fifth, for the rest
+    assert (np.sqrt((off**2).mean(1)) <= 0.33 * step).all()  # even rounding: 0.29
+
+
+def test_weights_that_were_16_even_steps_come_back_as_they_were():
+    step = (1 + np.arange(6, dtype=np.float32)).reshape(2, 1, 3) / 256
+    ladder = np.random.default_rng(0).permuted(
+        np.tile(np.arange(16.0), (2, 3, 2)), axis=2
+    )
+    kernel = (ladder.swapaxes(1, 2) * step - 5 / 128).astype(np.float32).reshape(64, 3)
+    np.testing.assert_allclose(
+        dequantised(*quantised.int4(kernel)), kernel, atol=1e-6, rtol=0
+    )
+
+
+def test_weights_that_are_all_one_number_or_none_come_back():
+    kernel = np.stack([np.zeros(64), np.full(64, 0.25)], 1).astype(np.float32)
+    for make in (quantised.int8, quantised.int4):
+        np.testing.assert_allclose(dequantised(*make(kernel)), kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_product_is_that_of_the_weights_that_were_kept(kind, monkeypatch):
+    heads, wide = normal(3, 8, 10), normal(24, 5, 7)
+    x = normal(2, 1, 24, seed=1)
+    for pieces in (1e9, 500.0):  # at once, and piece by piece
+        monkeypatch.setattr(quantised, "PIECE", pieces)
+        for kernel, axes in ((wide, 1), (heads, 2)):
+            stored, scale = getattr(quantised, kind)(kernel, axes=axes)
+            outs = kernel.shape[axes:]
+            ours = linear(
+                x.reshape(2, 1, *kernel.shape[:axes]),
+                stored,
+                jnp.ones(outs),
+                dtypes=FLOATS,
+                axes=axes,
+                outs=outs,
+                scale=scale,
+            )
+            want = x @ dequantised(stored, scale).reshape(24, -1)
+            want = want.reshape(2, 1, *outs) + 1
+            np.testing.assert_allclose(ours, want, atol=2e-5)
+
+
+def test_column_blocks_of_int8_are_read_as_the_training_step_holds_them():
+    whole, scale = quantised.int8(normal(6, 8))
+    x = normal(20, 6, seed=1)
+    blocks = jnp.concatenate([whole[:, :4], whole[:, 4:]])
+    outs = dict(dtypes=FLOATS, outs=(8,), scale=scale)
+    np.testing.assert_array_equal(linear(x, blocks, **outs), linear(x, whole, **outs))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_gradient_of_x_is_that_of_the_weights_that_were_kept(kind):
+    stored, scale = getattr(quantised, kind)(normal(24, 5))
+    x, cotangent = normal(3, 24, seed=1), normal(3, 5, seed=2)
+
+    def total(x):
+        y = linear(x, stored, dtypes=FLOATS, outs=(5,), scale=scale)
+        return (y * cotangent).sum()
+
+    want = cotangent @ dequantised(stored, scale).T
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(x), want, atol=2e-5)
+
+
+def test_keys_in_eight_bits_are_off_by_half_a_step_of_their_head():
+    x = normal(2, 3, 4, 10)
+    kept = Int8.of(x)
+    off = np.abs(np.asarray(kept.floats(jnp.float32)) - x)
+    assert (off.max(-1) <= 0.501 * np.abs(x).max(-1) / 127).all()
+
+
+def test_logits_with_weights_and_cache_in_eight_bits_are_close():
+    ids = np.arange(3, 11)[None]
+    plain = tiny.model()
+    want = np.asarray(plain(ids))
+    model = tiny.model()
+    model.quantise(Quantisation("int8", vision="int8", kv="int8"))
+    got, cache = model(ids, cache=model.llama.new_cache(1, 9))
+    assert cache.k.values.dtype == jnp.int8
+    assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    pixels = normal(1, 12, 12, 3)
+    seen, wanted = model.encode_image(pixels), plain.encode_image(pixels)
+    assert 0 < np.abs(seen - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_answers_are_the_same_alone_and_in_a_batch(kind):
+    model = tiny.model()
+    model.quantise(Quantisation(kind, vision="int8", kv="int8"))
+    gen = Generator(model, tiny.tokenizer(), batch_size=2, chunk=3)
+    short = dataclasses.replace(GREEDY, max_tokens=6)
+    asked = [
+        Request([user(text, tiny.image())], sampling=short, id=text)
+        for text in ("Hm?", "What is it?")
+    ]
+    said = {"Hm?": "", "What is it?": ""}
+    for event in gen.submit(asked):
+        said[event.request_id] += event.piece
+    assert said["Hm?"] and said["Hm?"] == gen("Hm?", tiny.image(), sampling=short)
+
+
+def test_an_unknown_format_is_an_error_with_the_known_ones():
+    for wrong, name in (
+        (("int5",), "quantize"),
+        (("int8", "int4"), "vision"),
+        (("", "", "int4"), "kv"),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown {name} .*int8"):
+            Quantisation(*wrong)
