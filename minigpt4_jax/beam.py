@@ -3,7 +3,8 @@
 The rules are those of Hugging Face's generate (transformers 5): of the likeliest
 candidates, those that end become hypotheses if they are among the first J, scored by
 sum of log-probabilities / tokens ** length_penalty, of which the best J are kept; the
-others are the next beams. A search is the same alone and beside others.
+others are the next beams. A search is the same alone and beside others,
+but for the last bit of its scores.
 
 J is a beam or hypothesis, X a pair of a beam and a token, C one of the pairs that are
 looked at, R = B * J a row of the cache, A a token of the answer, E an end token, S a

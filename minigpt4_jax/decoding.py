@@ -256,14 +256,12 @@ def _extend(decoding: Decoding, logits_BV, grows_B, place_B):
     Returns:
         the rows with these tokens at place_B, and token_B.
     """
+    # Rows that are done, spare slots among them, ask for no rule that costs the others.
+    controls = sampling.without(decoding.controls, decoding.done_B)
     token_B, logprob_B = sampling.choose(
-        logits_BV,
-        decoding.controls,
-        decoding.ids_BA,
-        decoding.count_B,
-        decoding.end_ids_BE,
+        logits_BV, controls, decoding.ids_BA, decoding.count_B, decoding.end_ids_BE
     )
-    top_ids_BU, top_logprobs_BU = sampling.likeliest(logits_BV, decoding.controls)
+    top_ids_BU, top_logprobs_BU = sampling.likeliest(logits_BV, controls)
     B, A = decoding.ids_BA.shape
 
     def put(old, new, at_B):

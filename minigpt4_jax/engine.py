@@ -62,6 +62,11 @@ class Engine:
         for name, value, wanted in (*least, ("places", places or 1, 1)):
             if value < wanted:
                 raise ConfigError(f"{name}: got {value}, want at least {wanted}")
+        if places and drafts:
+            raise ConfigError(
+                "places and drafts: whether a pass reads drafts depends on all rows, so "
+                "that the bits of an answer would too; give one of them"
+            )
         # Another decoder keeps its layers as it likes; ours has a stack or a list.
         ours = isinstance(model.llama, Llama)
         if ours and not isinstance(model.llama.blocks, nnx.List):
@@ -122,10 +127,15 @@ class Engine:
             raise InputError(
                 f"the prompt has {len(ids)} tokens ({sum(slots)} of them for "
                 f"{num_images} images) and the answer may have {answer}, which makes "
-                f"{len(ids) + answer}; the model reads {context}: shorten the "
-                "conversation or lower max_tokens"
+                f"{len(ids) + answer}; {self._reads(context)}: shorten the conversation "
+                "or lower max_tokens"
             )
         return ids, slots, len(request.messages) - len(messages)
+
+    def _reads(self, context: int) -> str:
+        if context < self.cfg.llama.max_positions:
+            return f"there are places={context}, of which you can give more"
+        return f"the model reads {context}"
 
     def schedule(self) -> Schedule:
         """A batch to be run, step by step."""
@@ -166,7 +176,7 @@ class Engine:
             schedule.add(request, began)
 
     def cancel(self, request_id: str) -> None:
-        """End a request that was submitted, before the next chunk; from any thread.
+        """End a request that `submit` took, before the next chunk; from any thread.
 
         Its rows give a last event with finish_reason "cancelled". An unknown id, or one
         that has ended, is ignored.

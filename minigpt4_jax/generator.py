@@ -41,8 +41,8 @@ class Generator:
         drafts: tokens guessed at each step from what was said before, and checked in
             one pass (prompt look-up). Answers are those without; 0 guesses nothing.
         places: a number of tokens of prompt and answer. Then every answer is computed
-            in the same shapes, so that its bits are the same alone and in any batch;
-            None: in shapes that follow the batch, which are faster but differ in the
+            in the same shapes, so that its bits are the same alone and in any batch
+            (beam searches excepted; not with drafts). None: in shapes that follow the batch, which are faster but differ in the
             last bit of their sums.
         prefix_bytes: memory for what was read up to an image, for other questions
             about that image; 0 keeps nothing.

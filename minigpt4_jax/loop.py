@@ -43,7 +43,7 @@ class Stream(Iterator[Event]):
         self._left = request.n
 
     def __next__(self) -> Event:
-        if not self._left:
+        if self._left <= 0:  # below 0: closed by another thread, which then heard more
             raise StopIteration
         event = self.events.get()
         if isinstance(event, ClosedError):
@@ -56,7 +56,7 @@ class Stream(Iterator[Event]):
         """Hear no more; the slots of the request become free with the next chunk."""
         if self._left:
             self._left = 0
-            self._server.cancel(self.request_id)
+            self._server._forget(self)
 
     def __enter__(self) -> "Stream":
         return self
@@ -82,7 +82,7 @@ class Server:
         self._schedule = self._engine.schedule()
         self._waiting = waiting
         self._inbox: list[tuple[Prepared, float]] = []
-        self._cancelled: list[str] = []
+        self._cancelled: set[str] = set()
         self._open: dict[str, _Open] = {}
         self._wake = threading.Condition()
         self._closed: ClosedError | None = None
@@ -98,8 +98,12 @@ class Server:
             ClosedError: nothing is answered any more.
         """
         began = time.perf_counter()
+        if request.n > self._waiting:
+            raise InputError(
+                f"n: {request.n} answers are wanted, and {self._waiting} may wait; ask "
+                "for fewer or give the server a larger `waiting`"
+            )
         prepared = self._engine.prepare(request)  # in the caller's thread: many at once
-        stream = Stream(self, request)
         with self._wake:
             if self._closed:
                 raise ClosedError(str(self._closed)) from self._closed.__cause__
@@ -112,6 +116,7 @@ class Server:
                     f"{line} answers wait and {self._waiting} may, so {request.n} more "
                     "are refused; try again later"
                 )
+            stream = Stream(self, request)
             self._open[request.id] = _Open(stream.events, request.n)
             self._inbox.append((prepared, began))
             self._wake.notify()
@@ -123,7 +128,15 @@ class Server:
         Its slots are free after the chunk that is running. An unknown id is ignored.
         """
         with self._wake:
-            self._cancelled.append(request_id)
+            if request_id in self._open:
+                self._cancelled.add(request_id)
+
+    def _forget(self, stream: Stream) -> None:
+        """Cancel the request of a stream, unless another one has its id by now."""
+        with self._wake:
+            request = self._open.get(stream.request_id)
+            if request is not None and request.events is stream.events:
+                self._cancelled.add(stream.request_id)
 
     def close(self) -> None:
         """Stop after the running chunk; streams that are open raise ClosedError."""
@@ -172,6 +185,7 @@ class Server:
             request.left -= event.finish_reason is not None
             if not request.left:
                 del self._open[event.request_id]
+                self._cancelled.discard(event.request_id)
 
     def _end(self, reason: ClosedError) -> None:
         with self._wake:

@@ -175,7 +175,8 @@ class Request:
             "drop_oldest": leave out the oldest questions with their answers, but none
             with an image, nor the system message, nor the last one;
             Usage.dropped_turns counts the messages left out.
-        compat: "reference" answers exactly as the original's chat did (compat.py).
+        compat: "reference" answers as the original's chat did, but for the random
+            numbers of draws (compat.py); not with beams, and the text comes at its end.
         id: comes back in each Event; made up when absent.
     """
 

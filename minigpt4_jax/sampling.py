@@ -96,6 +96,22 @@ def controls(
     )
 
 
+def without(controls: Controls, done_B) -> Controls:
+    """The same for rows that are not done; the others become greedy and have no rules."""
+
+    def off(x_B, value):
+        return jnp.where(done_B, value, x_B)
+
+    return dataclasses.replace(
+        controls,
+        temperature_B=off(controls.temperature_B, 0),
+        top_k_B=off(controls.top_k_B, 0),
+        top_p_B=off(controls.top_p_B, 1),
+        ruled_B=controls.ruled_B & ~done_B,
+        top_logprobs_B=off(controls.top_logprobs_B, 0),
+    )
+
+
 def _has_rules(rule: Sampling) -> bool:
     return (
         rule.repetition_penalty != 1

@@ -130,12 +130,14 @@ class Schedule:
     def _search(self) -> Iterator[Event]:
         """Let the search grow by a chunk; a new one begins when it has ended."""
         if not self.searching:
-            self.search = iter(())  # frees its cache
+            self.search = iter(())
             self._begin_search()
         open_ids = {row.request.id for row in self.searching}
         events = [e for e in next(self.search, []) if e.request_id in open_ids]
         ended = {event.request_id for event in events}
         self.searching = [r for r in self.searching if r.request.id not in ended]
+        if not self.searching:
+            self.search = iter(())  # and its cache, also when nothing comes next
         yield from events
 
     def _begin_search(self) -> None:

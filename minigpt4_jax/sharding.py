@@ -114,6 +114,7 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSh
 
 TILE = (8, 128)  # rows and columns that a TPU keeps together
 MOST_BLOCKS = 16
+KERNELS = ".*/blocks/.*/kernel"  # of stacks: what is held as matrices
 
 
 def held(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
@@ -124,7 +125,7 @@ def held(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
     order. Where a part would not be whole tiles, the matrix is cut into column blocks
     that lie beneath each other: [L, blocks*in, out/blocks] (`layers.linear` reads it).
     """
-    if mesh.shape["fsdp"] == 1 or not re.fullmatch(".*/blocks/.*/kernel", path):
+    if mesh.shape["fsdp"] == 1 or not re.fullmatch(KERNELS, path):
         return shape
     layers, ins, outs = _matrix(path, shape)
     most = MOST_BLOCKS if mesh.shape["tensor"] == 1 else 1  # it splits the columns
@@ -160,6 +161,20 @@ def _in_blocks(x_LDF, blocks: int, shape: tuple[int, ...]):
     layers, ins, outs = x_LDF.shape
     x = x_LDF.reshape(layers, ins, blocks, outs // blocks)
     return x.swapaxes(1, 2).reshape(shape)
+
+
+def released(path: str, x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+    """A kernel that `hold` may have cut into blocks, in the order of its own `shape`.
+
+    Args:
+        shape: None for a parameter of a tower that is not ours: it is as it was.
+    """
+    if shape is None or x.size != math.prod(shape) or not re.fullmatch(KERNELS, path):
+        return x
+    layers, ins, _ = _matrix(path, shape)
+    if x.ndim != 3:
+        return x
+    return x.reshape(layers, -1, ins, x.shape[-1]).swapaxes(1, 2).reshape(shape)
 
 
 class Parts:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from minigpt4_jax import compilations
 from minigpt4_jax.engine import Engine
-from minigpt4_jax.errors import InputError
+from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.request import GREEDY, Message, Request, Sampling, user
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=8)
@@ -438,3 +438,14 @@ def test_an_assistants_words_are_continued(engine):
     prepared = engine.prepare(Request(messages, sampling=SHORT))
     tail = engine.tokenizer.encode("A cat")
     assert prepared.ids[-len(tail) :].tolist() == tail
+
+
+def test_fixed_places_and_drafts_are_refused_together():
+    with pytest.raises(ConfigError, match="places and drafts: .* give one of them"):
+        Engine(tiny.model(), tiny.tokenizer(), places=96, drafts=2)
+
+
+def test_too_few_places_are_named_as_the_limit(engine):
+    small = Engine(engine.model, tiny.tokenizer(), places=40)
+    with pytest.raises(InputError, match="there are places=40, of which you can give"):
+        small.prepare(ask("x" * 60))

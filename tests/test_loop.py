@@ -104,11 +104,11 @@ def test_a_stream_that_is_closed_or_forgotten_frees_its_slots(server):
     assert list(stream) == []
     forgotten = server.submit(ask(max_tokens=400, id="forgotten"))
     next(forgotten)
+    assert "forgotten" in server._open
     del forgotten
     gc.collect()
-    began = len(server._open)
     wait_until(lambda: idle(server))
-    assert began <= 2
+    assert list(server.submit(ask(id="forgotten")))[-1].finish_reason == "length"
 
 
 def test_what_cannot_be_answered_raises_where_it_is_submitted(server):
@@ -117,7 +117,31 @@ def test_what_cannot_be_answered_raises_where_it_is_submitted(server):
     stream = server.submit(ask(max_tokens=300, id="twice"))
     with pytest.raises(InputError, match="'twice' is being answered"):
         server.submit(ask(id="twice"))
+    gc.collect()  # what was refused must not end what runs
+    assert said(stream)[1] == {0: "stop"}
+    with pytest.raises(InputError, match="n: 999 answers .* 64 may wait"):
+        server.submit(ask(n=999))
+
+
+def test_cancelling_an_id_that_is_not_under_way_ends_no_later_request(server):
+    server.cancel("later")
+    stream = server.submit(ask(id="later"))
+    assert said(stream)[1] == {0: "length"}
+    old = server.submit(ask(id="again"))
+    wait_until(lambda: "again" not in server._open)
+    new = server.submit(ask(max_tokens=40, id="again"))
+    old.close()  # heard to no end; its id is another's now
+    assert said(new)[1] == {0: "length"}
+
+
+def test_a_stream_closed_by_another_thread_ends_its_reader(server):
+    stream = server.submit(ask(max_tokens=400, id="read"))
+    next(stream)
+    reader = threading.Thread(target=list, args=(stream,))
+    reader.start()
     stream.close()
+    reader.join(timeout=30)
+    assert not reader.is_alive()
 
 
 def test_closing_ends_open_streams_with_an_error(gen):

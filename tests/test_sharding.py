@@ -1,6 +1,7 @@
 """The table of places, and that a run is the same on one device and on eight."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from minigpt4_jax import checkpoint, optim, sharding
+from minigpt4_jax import checkpoint, features, optim, sharding
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.minigpt4 import PRESETS
@@ -274,3 +275,21 @@ def losses(mesh, data) -> list[float]:
         state, metrics = step(state, trainables.frozen, (placed,))
         found.append(float(metrics["loss"]))
     return found
+
+
+def test_what_is_held_in_blocks_is_released_in_the_order_of_the_files(monkeypatch):
+    monkeypatch.setattr(sharding, "TILE", (2, 1))  # 8 parts of 20 rows are not
+    model, plain = tiny.model(), tiny.model()
+    shapes = checkpoint.parameter_shapes(model.cfg)
+    sharding.hold(model, set(shapes), sharding.make_mesh(data=1, fsdp=8))
+    assert model.vit.blocks.mlp.up.kernel.shape != plain.vit.blocks.mlp.up.kernel.shape
+    for path in ("vit/blocks/mlp/up/kernel", "vit/blocks/attn/out/kernel"):
+        _, *names = path.split("/")[:-1]
+        ours, theirs = (
+            functools.reduce(getattr, names, m.vit).kernel for m in (model, plain)
+        )
+        x = sharding.released(path, np.asarray(ours[...]), shapes[path])
+        np.testing.assert_array_equal(x, theirs[...])
+    assert features.towers_digest(model, "patches") == features.towers_digest(
+        plain, "patches"
+    )
