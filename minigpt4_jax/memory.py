@@ -92,6 +92,12 @@ def needs(
     weights: Counter[str] = Counter()
     for _, param in params.values():
         weights[str(param.dtype)] += math.prod(param.shape) * param.dtype.itemsize
+    # XLA copies the Q-Former's stacks to go through them in groups.
+    qformer = sum(
+        math.prod(param.shape) * param.dtype.itemsize
+        for name, (_, param) in params.items()
+        if name.startswith("qformer/")
+    )
     size = jnp.dtype(dtypes.compute).itemsize
     llama = config.llama
     entry = llama.head_size + 4 if quantisation.kv else llama.head_size * size
@@ -100,7 +106,7 @@ def needs(
         weights=dict(weights),
         kv=(batch + 1) * row,  # one more is being read
         prefixes=min(prefix_bytes, batch * row),
-        images=_images(config, size, quantisation, min(batch, 8)),
+        images=_images(config, size, quantisation, min(batch, 8)) + qformer,
         activations=_text(config, size, quantisation, batch, tokens),
         batch=batch,
         tokens=tokens,

@@ -67,12 +67,13 @@ def test_the_formula_holds_for_what_is_compiled():
     config = dataclasses.replace(tiny.CONFIG, llama=llama)
     for how in (Quantisation(), Quantisation("int8", kv="int8")):
         need = memory.needs(config, DTypes(), how, tokens=512)
-        used = _temporaries(config, how, tokens=512)
-        assert 0.5 * need.activations < used < need.activations
+        read, seen = _temporaries(config, how, tokens=512)
+        assert 0.5 * need.activations < read < need.activations
+        assert 0.5 * need.images < seen < need.images
 
 
-def _temporaries(config, how: Quantisation, tokens: int) -> int:
-    """Bytes that XLA gives the program that reads a piece of a prompt."""
+def _temporaries(config, how: Quantisation, tokens: int) -> tuple[int, int]:
+    """Bytes that XLA gives the programs that read a piece of a prompt, and an image."""
 
     def make():
         model = MiniGPT4(config, rngs=nnx.Rngs(0))
@@ -83,16 +84,12 @@ def _temporaries(config, how: Quantisation, tokens: int) -> int:
     graphdef, weights = nnx.split(model)
     cache = jax.eval_shape(lambda: make().llama.new_cache(1, tokens))
     T = memory.PIECE
-    compiled = (
-        decoding.programs(graphdef)
-        .read.lower(
-            weights,
-            cache,
-            jax.ShapeDtypeStruct((1, T), "int32"),
-            jax.ShapeDtypeStruct((1, T), "bool"),
-            jax.ShapeDtypeStruct((1,), "int32"),
-            jax.ShapeDtypeStruct((1, config.num_slots, config.llama.width), "float32"),
-        )
-        .compile()
-    )
-    return compiled.memory_analysis().temp_size_in_bytes
+    of = jax.ShapeDtypeStruct
+    piece = of((1, T), "int32"), of((1, T), "bool"), of((1,), "int32")
+    image_BQD = of((1, config.num_slots, config.llama.width), "float32")
+    pixels_BHWC = of((1, config.vit.image_size, config.vit.image_size, 3), "float32")
+    programs = decoding.programs(graphdef)
+    read = programs.read.lower(weights, cache, *piece, image_BQD).compile()
+    encode = programs.encode.lower(weights, pixels_BHWC).compile()
+    read, encode = (x.memory_analysis().temp_size_in_bytes for x in (read, encode))
+    return read, encode
