@@ -238,13 +238,15 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden_BTD):
         """Products with all embeddings, where they are the head too."""
-        return linear(
-            hidden_BTD,
-            self.embedding[...].T,
-            dtypes=self.dtypes,
-            out_dtype=jnp.float32,
-            scale=self.embedding_scale[...] if self.quantised else None,
-        )
+
+        def multiply(hidden_BTD, rows_VD, scale_V=None):
+            how = dict(dtypes=self.dtypes, out_dtype=jnp.float32, scale=scale_V)
+            return linear(hidden_BTD, rows_VD.T, **how)
+
+        if not self.quantised:
+            return multiply(hidden_BTD, self.embedding[...])
+        both = self.embedding[...], self.embedding_scale[...]
+        return quantised.product_of_rows(multiply, hidden_BTD, *both)
 
 
 class Block(nnx.Module):

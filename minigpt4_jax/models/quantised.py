@@ -158,6 +158,28 @@ def product(multiply: Callable, x, kernel, scale):
     return jax.lax.platform_dependent(x, kernel, scale, cpu=cpu, default=whole)
 
 
+def product_of_rows(multiply: Callable, x, kernel_OI, scale_O):
+    """The same for int8 that has an output a row, as embeddings that are the head too.
+
+    Turned over first, such a table would be copied where it goes piece by piece.
+
+    Args:
+        multiply: (x, some rows of the kernel, their scales) -> their product.
+    """
+    outs, size = len(kernel_OI), kernel_OI.size * x.dtype.itemsize
+    few = math.prod(x.shape[:-1]) <= FEW
+    least = math.ceil(size / PIECE)
+    pieces = next((n for n in range(least, outs + 1) if outs % n == 0), 1)
+
+    def in_pieces(x, kernel_OI, scale_O):
+        parts = kernel_OI.reshape(pieces, -1, x.shape[-1]), scale_O.reshape(pieces, -1)
+        y = jax.lax.map(lambda part: multiply(x, *part), parts)
+        return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], outs)
+
+    cpu = in_pieces if few and pieces > 1 else multiply
+    return jax.lax.platform_dependent(x, kernel_OI, scale_O, cpu=cpu, default=multiply)
+
+
 def _pieces(ins: int, kernel, scale, size: int) -> int:
     """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
     packed = kernel.dtype == jnp.uint8
