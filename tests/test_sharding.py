@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 from minigpt4_jax import checkpoint, features, optim, sharding
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.request import GREEDY, Request, user
 from minigpt4_jax.step import Trainables, answer_loss, make_step, new_state
 from tests import batches, tiny
@@ -35,6 +37,8 @@ def test_each_parameter_matches_exactly_one_row_of_its_rank(preset):
 
 def test_each_row_is_used():
     paths = {path for shapes in SHAPES.values() for path in shapes}
+    few_bits = Quantisation("int8", vision="int8")
+    paths |= set(checkpoint.structure(PRESETS["demo"], DTypes(), few_bits)[1])
     for pattern, _ in sharding.RULES:
         assert any(matches(pattern, path) for path in paths), pattern
 
