@@ -29,6 +29,7 @@ from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import DEMO, MiniGPT4
+from minigpt4_jax.models.quantised import KINDS
 from minigpt4_jax.request import GREEDY, Request, user
 
 QUESTION = (
@@ -53,10 +54,12 @@ class Spelled(Tokenizer):
         return chr(97 + token % 26).encode()
 
 
-def ours(name: str, dtype: str, chunk: int = 8) -> Generator:
+def ours(name: str, dtype: str, chunk: int = 8, quantize: str = "") -> Generator:
     """A generator that never meets an end token."""
     if name != "random":
-        generator = Generator.load(name, dtype=dtype, batch_size=1, chunk=chunk)
+        generator = Generator.load(
+            name, dtype=dtype, quantize=quantize, batch_size=1, chunk=chunk
+        )
     else:
         dtypes = DTypes(dtype, dtype, dtype)
         tiny = dict(num_layers=1, mlp_width=8)
@@ -164,22 +167,34 @@ def time_theirs(model, prompt: list[int], tokens: int) -> tuple[Timing, list[int
     return (times[0] - began, times[-1] - began), out[0, len(prompt) :].tolist()
 
 
+def weights_of(generator: Generator) -> int:
+    """How many the decoder has."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(generator.model.llama)))
+
+
 def main(argv: list[str]) -> None:
     """Read the flags, time the contenders in turns, print the table."""
     args = flags.FLAGS
     torch.set_num_threads(os.cpu_count() or 1)
     tokens = args.tokens
     contenders: dict[str, Callable[[], tuple[Timing, list[int]]]] = {}
-    bytes_of = {"float32": 4, "bfloat16": 2}
+    bytes_of: dict[str, float] = {"float32": 4, "bfloat16": 2}
     first = ours(args.checkpoint, "float32")
     prompt = first.prepare(Request([user(QUESTION)])).ids.tolist()
-    for dtype in bytes_of:
+    for dtype in tuple(bytes_of):
         generator = first if dtype == "float32" else ours(args.checkpoint, dtype)
         model = theirs(first).to(getattr(torch, dtype))
         contenders[f"ours {dtype}"] = lambda g=generator: time_ours(g, tokens)
         contenders[f"transformers {dtype}"] = lambda m=model: time_theirs(
             m, prompt, tokens
         )
+    if args.checkpoint != "random":  # which has no file to round while it is read
+        for kind in KINDS:
+            few = ours(args.checkpoint, "float32", quantize=kind)
+            held = jax.tree.leaves(nnx.state(few.model.llama))
+            size = sum(x.nbytes for x in held)
+            bytes_of[kind] = round(size / weights_of(first), 2)
+            contenders[f"ours {kind}"] = lambda g=few: time_ours(g, tokens)
     unstreamed = ours(args.checkpoint, "float32", chunk=tokens)
     contenders["ours float32, unstreamed"] = lambda: time_ours(unstreamed, tokens)
     answers = {name: run()[1] for name, run in contenders.items()}  # warm-up
