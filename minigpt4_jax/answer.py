@@ -41,6 +41,7 @@ class Answer:
         self._longest = max(map(len, self._stop), default=0)
         self._starts = starts
         self._sequences = tuple(sequences)
+        self._kept = max(map(len, self._sequences), default=0)
         self._whole = whole
         self._last: tuple[int, ...] = ()
         self._sent = 0
@@ -99,8 +100,9 @@ class Answer:
 
     def _ends_sequence(self, token: int) -> bool:
         """Whether the tokens up to this one end in one of the sequences."""
-        longest = max(map(len, self._sequences), default=0)
-        self._last = (*self._last, token)[-longest:] if longest else ()
+        if not self._kept:
+            return False
+        self._last = (*self._last, token)[-self._kept :]
         return any(self._last[-len(s) :] == s for s in self._sequences)
 
     def _doubtful(self) -> int:

@@ -99,7 +99,8 @@ def load_model(
             graphdef, params = structure(config, built, quantisation)
         for name, tensor in stored.items():
             if f"{name}_scale" in params:
-                for own, rounded in _rounded(name, tensor, quantisation).items():
+                like = params[name][1], params[f"{name}_scale"][1]
+                for own, rounded in _rounded(name, tensor, *like).items():
                     values[own] = jax.device_put(
                         rounded, _sharding(own, rounded.shape, mesh)
                     )
@@ -200,9 +201,8 @@ def parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
 
 @functools.cache  # a plan asks for hundreds of meshes
 def _parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
-    model = nnx.eval_shape(lambda: MiniGPT4(config, rngs=nnx.Rngs(0)))
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in leaves}
+    _, params = structure(config, DTypes(), Quantisation())
+    return {name: tuple(param.shape) for name, (_, param) in params.items()}
 
 
 def structure(config: MiniGPT4Config, dtypes: DTypes, quantisation: Quantisation):
@@ -355,26 +355,25 @@ def _read(tensor: Any, dtype: Any, where: Any) -> jax.Array:
     return stored.astype(dtype)
 
 
-def _rounded(
-    name: str, tensor: Any, quantisation: Quantisation
-) -> dict[str, np.ndarray]:
-    """A kernel or an embedding in few bits with its scale, by the names of both."""
+def _rounded(name: str, tensor: Any, like: Any, scale: Any) -> dict[str, np.ndarray]:
+    """A kernel or an embedding in few bits with its scale, by the names of both.
+
+    Args:
+        like, scale: shapes and dtypes that MiniGPT4.quantise gives them.
+    """
+    names = (name, f"{name}_scale")
     if name.endswith("embedding"):
-        whole, scale = quantised.int8(jnp.asarray(tensor[...]).T)
-        return {name: np.asarray(whole.T), f"{name}_scale": np.asarray(scale)}
-    shape = tuple(tensor.get_shape())
+        whole, made_scale = quantised.int8(jnp.asarray(tensor[...]).T)
+        return dict(zip(names, (np.asarray(whole.T), np.asarray(made_scale))))
+    if like.dtype == jnp.uint8:
+        make, ins = quantised.int4, 2 * like.shape[-2]
+    else:
+        make, ins = quantised.int8, math.prod(like.shape) // math.prod(scale.shape)
     stacked = "/blocks/" in name
-    axes = 2 if stacked and name.endswith("attn/out/kernel") else 1
-    ins = math.prod(shape[stacked : stacked + axes])
-    make = getattr(quantised, quantisation.kind(name, ins))
-    if not stacked:
-        both = make(jnp.asarray(tensor[...]), axes=axes)
-        return dict(zip((name, f"{name}_scale"), map(np.asarray, both)))
-    made: tuple[np.ndarray, ...] = ()
-    for i in range(shape[0]):
-        both = make(jnp.asarray(tensor[i : i + 1][0]), axes=axes)
-        if not made:
-            made = tuple(np.empty((shape[0], *x.shape), x.dtype) for x in both)
-        for whole, layer in zip(made, both):
-            whole[i] = layer
-    return dict(zip((name, f"{name}_scale"), made))
+    layers = like.shape[0] if stacked else 1
+    made = tuple(np.empty(x.shape, x.dtype) for x in (like, scale))
+    for i in range(layers):
+        layer = tensor[i : i + 1] if stacked else tensor[...]
+        for whole, part in zip(made, make(jnp.asarray(layer).reshape(ins, -1))):
+            whole.reshape(layers, -1)[i] = np.ravel(part)
+    return dict(zip(names, made))

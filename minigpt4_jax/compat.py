@@ -50,7 +50,8 @@ RULES = {
 def find_rules(template: Template) -> Rules:
     if template.name not in RULES:
         raise InputError(
-            f"compat 'reference': the original has no template {template.name!r}"
+            f"compat 'reference': the original has no template {template.name!r}, but "
+            f"{', '.join(RULES)}; leave compat out"
         )
     return RULES[template.name]
 
@@ -66,7 +67,7 @@ def cut(
     if fit < 1:
         raise InputError(
             f"max_tokens: {answer} leaves no room for a prompt in the "
-            f"{min(MAX_LENGTH, context)} tokens that the original keeps"
+            f"{min(MAX_LENGTH, context)} tokens that the original keeps; lower max_tokens"
         )
     begin = max(0, len(ids) - fit)
     return ids[begin:], slots[begin:]

@@ -29,7 +29,7 @@ class Decoding:
     tokens_BS: prompt and answer, -1 at image slots. What row b reads next, and is not in
         the cache yet, is its token number cache.length_B[b].
     end_ids_BE: tokens that end the row.
-    limit_B: tokens to generate at most, at least 1.
+    limit_B: tokens to generate at most; 0: a spare row.
     slot_BD: the image embedding to be read next in a row where that is at a slot.
     ids_BA, logprobs_BA: the count_B[b] tokens of the answer; below 0
         (request.FAILURES) where a row could not go on, which ended it.

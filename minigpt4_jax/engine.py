@@ -31,6 +31,9 @@ from minigpt4_jax.searches import Searcher
 logger = logging.getLogger(__name__)
 
 
+PREFIX_BYTES = 512 << 20  # of caches kept of prompts' beginnings
+
+
 class Engine:
     """Holds a model and answers requests with it.
 
@@ -56,7 +59,7 @@ class Engine:
         chunk: int = 8,
         drafts: int = 0,
         places: int | None = None,
-        prefix_bytes: int = 512 << 20,
+        prefix_bytes: int = PREFIX_BYTES,
     ):
         least = (("batch_size", slots, 1), ("chunk", chunk, 1), ("drafts", drafts, 0))
         for name, value, wanted in (*least, ("places", places or 1, 1)):

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from minigpt4_jax import sharding, storage
+from minigpt4_jax import checkpoint, sharding, storage
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.sources import Examples
 from minigpt4_jax.errors import ConfigError, DataError, InputError
@@ -186,11 +186,7 @@ def towers_digest(model: MiniGPT4, part: str) -> str:
     if part == "queries":
         towers.append("qformer")
     digest = hashlib.sha256()
-    fresh = nnx.eval_shape(lambda: MiniGPT4(model.cfg, rngs=nnx.Rngs(0)))
-    shapes = {
-        "/".join(map(str, path)): tuple(leaf.shape)
-        for path, leaf in nnx.to_flat_state(nnx.state(fresh, nnx.Param))
-    }
+    shapes = checkpoint.parameter_shapes(model.cfg)
     state = nnx.state(model)
     for tower in towers:
         for path, leaf in nnx.to_flat_state(state[tower]):

@@ -16,7 +16,7 @@ import jax
 from minigpt4_jax import checkpoint, locate, memory
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
-from minigpt4_jax.engine import Engine
+from minigpt4_jax.engine import PREFIX_BYTES, Engine
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
@@ -27,7 +27,6 @@ from minigpt4_jax.score import Score, score
 
 logger = logging.getLogger(__name__)
 
-PREFIX_BYTES = 512 << 20
 FLOATS = ("float32", "bfloat16", "float16")
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
@@ -42,8 +41,8 @@ class Generator:
             one pass (prompt look-up). Answers are those without; 0 guesses nothing.
         places: a number of tokens of prompt and answer. Then every answer is computed
             in the same shapes, so that its bits are the same alone and in any batch
-            (beam searches excepted; not with drafts). None: in shapes that follow the batch, which are faster but differ in the
-            last bit of their sums.
+            (beam searches excepted; not with drafts). None: in shapes that follow the
+            batch, which are faster but differ in the last bit of their sums.
         prefix_bytes: memory for what was read up to an image, for other questions
             about that image; 0 keeps nothing.
 
@@ -184,7 +183,9 @@ class Generator:
         Raises:
             InputError: an image cannot be read, an answer does not fit, or has no token.
         """
-        return score(self.engine, [user(prompt, *_images(image))], answers, end=end)
+        messages = [user(prompt, *_images(image))]
+        with memory.told(self.need):
+            return score(self.engine, messages, answers, end=end)
 
     def chat(
         self,
@@ -226,7 +227,8 @@ class Generator:
     def warm_up(self, tokens: int = 512) -> int:
         """Compile all programs for prompts and answers of up to `tokens` together.
 
-        Returns how many there are; nothing is compiled afterwards.
+        Returns how many there are; nothing is compiled afterwards for conversations that
+        fit, but for beam searches and scores.
         """
         return self.engine.warm_up(tokens)
 

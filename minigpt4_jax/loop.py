@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from minigpt4_jax import memory
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.reading import Prepared
@@ -78,7 +79,7 @@ class Server:
     """
 
     def __init__(self, generator: Generator, *, waiting: int = 64):
-        self._engine = generator.engine
+        self._engine, self._need = generator.engine, generator.need
         self._schedule = self._engine.schedule()
         self._waiting = waiting
         self._inbox: list[tuple[Prepared, float]] = []
@@ -152,9 +153,10 @@ class Server:
 
     def _run(self) -> None:
         try:
-            while self._take():
-                for event in self._schedule.step():
-                    self._send(event)
+            with memory.told(self._need):
+                while self._take():
+                    for event in self._schedule.step():
+                        self._send(event)
         except BaseException as error:
             stopped = ClosedError(
                 f"the engine stopped: {type(error).__name__}: {error}"

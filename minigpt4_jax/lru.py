@@ -14,12 +14,11 @@ class LRU(Generic[T]):
     Attributes:
         max_bytes: what its values may take together; a larger value is not kept at all.
         bytes: what they take.
-        hits, misses: how often `get` found something and how often not.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
+        self.bytes = 0
         self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -33,9 +32,7 @@ class LRU(Generic[T]):
         """The value of a key, which counts as used; None where there is none."""
         with self._lock:
             if key not in self._values:
-                self.misses += 1
                 return None
-            self.hits += 1
             self._values.move_to_end(key)
             return self._values[key][0]
 

@@ -18,10 +18,10 @@ from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 from minigpt4_jax.models.quantised import Quantisation
+from minigpt4_jax.reading import IMAGES_AT_ONCE, PIECES
 
 GB = 1e9
 TOKENS = 1024  # of a row, where nothing else is said
-PIECE = 128  # tokens of a prompt that are read at once, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,8 @@ def needs(
         weights=dict(weights),
         kv=(batch + 1) * row,  # one more is being read
         prefixes=min(prefix_bytes, batch * row),
-        images=_images(config, size, quantisation, min(batch, 8)) + qformer,
+        images=_images(config, size, quantisation, min(batch, IMAGES_AT_ONCE))
+        + qformer,
         activations=_text(config, size, quantisation, batch, tokens),
         batch=batch,
         tokens=tokens,
@@ -129,14 +130,12 @@ def _text(
 ) -> int:
     """A block that reads a piece of a prompt or a token of each row; the last logits."""
     llama = config.llama
-    heads, places = llama.num_heads, max(min(PIECE, tokens), batch)
+    heads, places = llama.num_heads, max(min(PIECES[-1], tokens), batch)
     scores = 2 * 4 * heads * places * tokens
     inner = 2 * llama.width + 3 * heads * llama.head_size + 3 * llama.mlp_width
-    kernels = (
-        llama.mlp_width,
-        llama.vocab_size,
-    )  # as floats, where whole numbers are not
-    kernel = size * llama.width * max(kernels) if how.decoder else 0
+    # As floats, where whole numbers are not multiplied.
+    widest = max(llama.mlp_width, llama.vocab_size)
+    kernel = size * llama.width * widest if how.decoder else 0
     logits = 4 * 4 * batch * llama.vocab_size  # with what sampling makes of them
     keys = 2 * size * batch * tokens * llama.num_kv_heads * llama.head_size
     return scores + places * size * inner + kernel + logits + (keys if how.kv else 0)

@@ -206,6 +206,8 @@ class Request:
             raise InputError(
                 f"n: got {self.n}, want at most num_beams={beams}; a search keeps as many"
             )
+        if self.compat not in COMPATS:
+            raise InputError(unknown("compat", self.compat, ["reference"]))
         if self.compat and beams > 1:
             raise InputError(
                 "compat 'reference': the original's beam search is not reproduced; want "
@@ -213,8 +215,6 @@ class Request:
             )
         if self.overflow not in OVERFLOWS:
             raise InputError(unknown("overflow", self.overflow, OVERFLOWS))
-        if self.compat not in COMPATS:
-            raise InputError(unknown("compat", self.compat, ["reference"]))
         if self.compat and (stop or self.sampling.stop_ids or self.n > 1):
             raise InputError(
                 "compat 'reference': the original answers once and has stops of its "

@@ -268,7 +268,7 @@ def repeats(ids_BA, count_B, size_B):
 
 
 def draw(logits_BV, controls: Controls, count_B):
-    """A token a row from softmax(logits / temperature), cut to top_k, then to top_p."""
+    """A token a row from softmax(logits / temperature), as `weights` cuts it."""
     kept_BV = weights(logits_BV, controls)
     key_B = jax.vmap(jax.random.fold_in)(controls.key_B, count_B)
     uniform_B = jax.vmap(jax.random.uniform)(key_B)

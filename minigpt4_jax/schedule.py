@@ -17,9 +17,8 @@ from minigpt4_jax.reading import Prepared, Reader, Reading
 from minigpt4_jax.request import Event, Request, Usage
 from minigpt4_jax.searches import Job, Searcher
 
-READ_AT_ONCE = (
-    256  # tokens of prompts that running rows wait for, at most, plus a piece
-)
+# Tokens of prompts that running rows wait for, at most, plus a piece.
+READ_AT_ONCE = 256
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,10 +83,11 @@ class Schedule:
     def add(self, prepared: Prepared, began: float) -> None:
         """Put the rows of a request that came at `began` (perf_counter) into the line."""
         request = prepared.request
-        one = request.sampling.num_beams > 1
-        for index in range(1 if one else request.n):
-            answer = self.endings.answer(request)
-            self.waiting.append(Row(prepared, index, answer, began))
+        rows = [
+            Row(prepared, index, self.endings.answer(request), began)
+            for index in range(request.n)
+        ]
+        self.waiting += rows[:1] if rows[0].searched else rows
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; an unknown one is ignored."""
@@ -141,20 +141,19 @@ class Schedule:
         yield from events
 
     def _begin_search(self) -> None:
-        jobs = [(row, self._job(row)) for row in self.waiting if row.searched]
-        if not jobs:
+        rows = [row for row in self.waiting if row.searched]
+        if not rows:
             return
-        kind = jobs[0][1].kind
-        most = max(1, self.shapes.slots // kind[0])
-        group = [(row, job) for row, job in jobs if job.kind == kind][:most]
-        self.searching = [row for row, _ in group]
+        kind = self._kind(rows[0].request)
+        rows = [row for row in rows if self._kind(row.request) == kind]
+        self.searching = rows[: max(1, self.shapes.slots // kind[0])]
         for row in self.searching:
             self.waiting.remove(row)
         prompts = [row.prepared for row in self.searching]
         self.reader.embed(prompts)
         self.search = self.searcher.run(
-            [job for _, job in group],
-            self.reader.whole(prompts, bucket(len(group))),
+            [self._job(row) for row in self.searching],
+            self.reader.whole(prompts, bucket(len(prompts))),
             budget=bucket(max(row.limit for row in self.searching)),
             chunk=self.shapes.chunk,
         )
@@ -162,14 +161,17 @@ class Schedule:
     def _job(self, row: Row) -> Job:
         request = row.request
         return Job(
-            request,
-            row.prepared.ids,
+            row.prepared,
             self.endings.ids(request),
             self.endings.strings(request),
             tuple(self.endings.answer(request) for _ in range(request.n)),
             row.began,
-            row.prepared.dropped_turns,
         )
+
+    def _kind(self, request: Request) -> tuple:
+        """Searches of one kind can run together."""
+        beams, strings = request.sampling.num_beams, self.endings.strings(request)
+        return beams, strings, len(self.endings.ids(request))
 
     def _read(self) -> None:
         """Read pieces of prompts, first come first served; finished rows stay in line."""

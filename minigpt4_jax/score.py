@@ -21,6 +21,7 @@ from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
+from minigpt4_jax.pool import bucket
 from minigpt4_jax.request import Message, Request, Sampling
 
 ROW = 512  # tokens of a row, unless one answer alone is longer
@@ -102,7 +103,7 @@ def lay_row(answers: Sequence[list[int]], prompt: np.ndarray) -> tuple[np.ndarra
         read += answer[:-1]
         branches += [branch for _ in own]
         positions += [len(prompt) + i for i in own]
-    T, A = (1 << (size - 1).bit_length() for size in (len(read), len(wanted)))
+    T, A = bucket(len(read)), bucket(len(wanted))
 
     def padded(values: Sequence[int], size: int) -> np.ndarray:
         return np.pad(np.array(values, np.int32), (0, size - len(values)))

@@ -1,6 +1,6 @@
 """Beam searches for requests: rules into arrays, chunks on the device, hypotheses out.
 
-The engine decides which requests are searched together and reads their prompts.
+A Schedule decides which requests are searched together; its Reader reads their prompts.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from minigpt4_jax.answer import Answer
 from minigpt4_jax.data.stops import Stops, stops, vocabulary
 from minigpt4_jax.data.tokens import Tokenizer
 from minigpt4_jax.models.llama import Cache
+from minigpt4_jax.pool import bucket
+from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import NONE_LEFT, NOT_FINITE, Event, Request, Usage
 
 
@@ -24,25 +26,21 @@ from minigpt4_jax.request import NONE_LEFT, NOT_FINITE, Event, Request, Usage
 class Job:
     """A request that wants a beam search.
 
-    ids: its prompt.
     end_ids: tokens that end an answer.
     stop: strings that do.
     answers: as many as the request wants, empty yet.
     began: when it came (perf_counter).
     """
 
-    request: Request
-    ids: np.ndarray
+    prepared: Prepared
     end_ids: tuple[int, ...]
     stop: tuple[str, ...]
     answers: tuple[Answer, ...]
     began: float
-    dropped_turns: int = 0
 
     @property
-    def kind(self) -> tuple:
-        """Jobs of one kind can be searched together."""
-        return self.request.sampling.num_beams, self.stop, len(self.end_ids)
+    def request(self) -> Request:
+        return self.prepared.request
 
 
 class Searcher:
@@ -69,7 +67,7 @@ class Searcher:
             budget: at least the most tokens that an answer may have.
         """
         last_B = np.zeros(len(cache.length_B), np.int32)
-        last_B[: len(jobs)] = [job.ids[-1] for job in jobs]
+        last_B[: len(jobs)] = [job.prepared.ids[-1] for job in jobs]
         search = self._programs.begin(
             cache,
             last_B,
@@ -126,7 +124,7 @@ class Searcher:
         pieces, dummy = self._vocabulary
         table = stops(strings, pieces, dummy=dummy)
         states = len(table.next_SV)
-        spare = (1 << (states - 1).bit_length()) - states
+        spare = bucket(states) - states
         next_SV = np.pad(table.next_SV, ((0, spare), (0, 0)))
         return Stops(jax.device_put(next_SV), table.first)
 
@@ -161,11 +159,11 @@ def _events(job: Job, found: beam.Texts, failed: bool) -> list[Event]:
                 score=float(found.score_BJ[index]) if count else None,
                 finish_reason=answer.finish_reason,
                 usage=Usage(
-                    prompt_tokens=len(job.ids),
+                    prompt_tokens=len(job.prepared.ids),
                     answer_tokens=answer.count,
                     seconds_to_first_token=now - job.began,
                     seconds=now - job.began,
-                    dropped_turns=job.dropped_turns,
+                    dropped_turns=job.prepared.dropped_turns,
                 ),
                 error=answer.error,
             )

@@ -336,7 +336,7 @@ class Watchdog:
             line.send(**message)
 
     def _carry_out(self, verdict: Verdict) -> None:
-        if verdict.of is not None and self._peers[self._index].failed:
+        if verdict.of == self._index:
             self._over.set()  # the error goes its way in the thread that trains
             return
         path = self._folder / f"{self._index}.txt"

@@ -445,5 +445,7 @@ def test_float_weights_are_read_a_layer_at_a_time_when_they_are_rounded():
             self.read.append(index)
             return np.ones((1, 64, 5), np.float32)
 
-    checkpoint._rounded("llama/blocks/mlp/up/kernel", Tensor(), Quantisation("int4"))
+    like = jax.ShapeDtypeStruct((3, 32, 5), jnp.uint8)
+    scale = jax.ShapeDtypeStruct((3, 2, 2, 5), jnp.float16)
+    checkpoint._rounded("llama/blocks/mlp/up/kernel", Tensor(), like, scale)
     assert Tensor.read == [slice(0, 1), slice(1, 2), slice(2, 3)]

@@ -103,7 +103,8 @@ ROOMS = (
     (
         r"minigpt4_jax/features",
         {*NET, "numpy", "tqdm"},
-        rf"{ERRORS}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\.(sharding|storage)",
+        rf"{ERRORS}|{MODELS}|{DATA}|minigpt4_jax|"
+        r"minigpt4_jax\.(checkpoint|sharding|storage)",
     ),
     (
         r"minigpt4_jax/step",
@@ -131,12 +132,13 @@ ROOMS = (
     (
         r"minigpt4_jax/searches",
         {*NET, "numpy"},
-        rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\.(answer|beam|sampling)",
+        rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
+        r"minigpt4_jax\.(answer|beam|pool|reading|sampling)",
     ),
     (
         r"minigpt4_jax/score",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine|pool)",
     ),
     (r"minigpt4_jax/lru", set(), r""),
     (r"minigpt4_jax/compilations", {"jax"}, r""),
@@ -170,12 +172,12 @@ ROOMS = (
     (
         r"minigpt4_jax/loop",
         set(),
-        rf"{ERRORS}|{REQUEST}|minigpt4_jax\.(generator|reading)",
+        rf"{ERRORS}|{REQUEST}|minigpt4_jax|minigpt4_jax\.(generator|memory|reading)",
     ),
     (
         r"minigpt4_jax/memory",
         {"jax"},
-        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.checkpoint",
+        rf"{ERRORS}|{MODELS}|minigpt4_jax|minigpt4_jax\.(checkpoint|reading)",
     ),
     (r"minigpt4_jax/run_config", set(), ERRORS),
     (

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from minigpt4_jax import decoding, memory
+from minigpt4_jax import decoding, memory, reading
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import (
@@ -83,7 +83,7 @@ def _temporaries(config, how: Quantisation, tokens: int) -> tuple[int, int]:
     model = nnx.eval_shape(make)
     graphdef, weights = nnx.split(model)
     cache = jax.eval_shape(lambda: make().llama.new_cache(1, tokens))
-    T = memory.PIECE
+    T = reading.PIECES[-1]
     of = jax.ShapeDtypeStruct
     piece = of((1, T), "int32"), of((1, T), "bool"), of((1,), "int32")
     image_BQD = of((1, config.num_slots, config.llama.width), "float32")

@@ -172,6 +172,24 @@ def test_an_error_is_another_process_s_until_that_one_was_heard_of_since():
     assert verdict.text == "process 0: DataError: damaged"
 
 
+def test_an_error_that_another_s_has_caused_ends_with_the_code_of_that_one(
+    tmp_path, monkeypatch
+):
+    """As of a process whose sum failed since the one that had the error is gone."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    watched = watchdog.Watchdog(tmp_path, 5, 5)
+    watched._fails(0, {"code": 1, "text": "XlaRuntimeError: connection closed"})
+    with pytest.raises(SystemExit) as left:
+        watched._carry_out(watchdog.Verdict(5, "process 1: DataError: damaged", 1))
+    assert left.value.code == 5 and not watched._over.is_set()
+    watched._carry_out(watchdog.Verdict(1, "process 0: its own", 0))
+    assert watched._over.is_set()
+
+
 # Two real processes, whose steps only wait for each other, and limits of two seconds.
 
 

@@ -216,7 +216,6 @@ class Embedding(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
         self.dtypes = dtypes
-        self.ins = cfg.width
         shape = (cfg.vocab_size, cfg.width)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtypes.param))

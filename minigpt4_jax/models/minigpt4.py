@@ -229,8 +229,10 @@ class MiniGPT4(nnx.Module):
             for path, part in list(nnx.iter_modules(module)):
                 name = "/".join(map(str, (tower, *path)))
                 if isinstance(part, Linear | llama_lib.Embedding):
-                    leaf = "kernel" if isinstance(part, Linear) else "embedding"
-                    kind = how.kind(f"{name}/{leaf}", part.ins)
+                    leaf, ins = "embedding", 0
+                    if isinstance(part, Linear):
+                        leaf, ins = "kernel", part.ins
+                    kind = how.kind(f"{name}/{leaf}", ins)
                     if kind:
                         part.quantise(kind)
         self.llama.kv_int8 = how.kv == "int8"

@@ -75,10 +75,15 @@ def int8(kernel, axes: int = 1):
 
     A weight is off by at most half its output's scale, largest / 127.
     """
-    kernel = kernel.astype(jnp.float32)
-    scale = jnp.abs(kernel).max(range(axes)) / 127
-    steps = kernel / jnp.where(scale == 0, 1, scale)
-    return jnp.round(steps).astype(jnp.int8), scale
+    whole, scale = _whole(kernel, tuple(range(axes)))
+    return whole, scale.reshape(kernel.shape[axes:])
+
+
+def _whole(x, axis):
+    """Floats -> int8, and a float32 scale over `axis`, which it keeps as 1."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -88,9 +93,7 @@ def int4(kernel, axes: int = 1):
     All input dimensions become one, so do those of the output. A byte has inputs i and
     i + group, of two neighbouring groups.
     """
-    ins = 1
-    for size in kernel.shape[:axes]:
-        ins *= size
+    ins = math.prod(kernel.shape[:axes])
     group = group_size(ins)
     x_GIO = kernel.astype(jnp.float32).reshape(ins // group, group, -1)
     low_G1O, high_G1O = x_GIO.min(1, keepdims=True), x_GIO.max(1, keepdims=True)
@@ -217,10 +220,7 @@ class Int8:
 
     @classmethod
     def of(cls, x) -> "Int8":
-        x = x.astype(jnp.float32)
-        scale = jnp.abs(x).max(-1, keepdims=True) / 127
-        steps = x / jnp.where(scale == 0, 1, scale)
-        return cls(jnp.round(steps).astype(jnp.int8), scale)
+        return cls(*_whole(x, -1))
 
     def floats(self, dtype):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
