@@ -186,8 +186,8 @@ def product_of_rows(multiply: Callable, x, kernel_OI, scale_O):
 def _pieces(ins: int, kernel, scale, size: int) -> int:
     """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
     packed = kernel.dtype == jnp.uint8
-    if not packed and kernel.ndim == 2 and kernel.shape[0] > ins:
-        return 1  # in column blocks (sharding.held), for training
+    if not packed and kernel.ndim == 4:
+        return 1  # tiles (sharding.held), for training
     weights = kernel.size * (2 if packed else 1)
     pairs = scale.shape[0] // 2 if packed else ins  # of groups; not to be cut
     least = math.ceil(weights * size / PIECE)
