@@ -88,6 +88,7 @@ def _prepare(cfg, workdir: Path, devices, watch: Watchdog) -> bool:
     optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
 
     # Data, before the model: a wrong path should not cost a load.
+    watch.pace.before("opening the data")
     paths = {f"data.{name}": source.path for name, source in cfg.data.items()}
     budget = cfg.loader.budget
     sources = {name: open_data(path, budget=budget) for name, path in paths.items()}
@@ -109,6 +110,7 @@ def _train(
     cfg, run: WorkDir, mesh, directory: Path, sources, val, watch: Watchdog
 ) -> None:
     # Model: the frozen weights in their places, and what is trained.
+    watch.pace.before("loading the model")
     dtypes = default_dtypes(cfg.dtype or None)
     model = checkpoint.load_model(
         directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
@@ -124,6 +126,7 @@ def _train(
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )
+    watch.pace.before("making features and lengths")
     task = make_task(cfg, model, paths, tokenizer, sources, val, mesh, run.path)
 
     # Optimizer.
@@ -132,6 +135,7 @@ def _train(
     step_fn = make_step(trainables, task.loss_fn, optimizer, rate, cfg.optim.accumulate)
 
     # Restore.
+    watch.pace.before("restoring")
     start, total = run.step, cfg.optim.total_steps
     state = run.restore(state)
 
