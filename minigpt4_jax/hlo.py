@@ -121,24 +121,42 @@ class Program:
         """
         return self._seconds(self.entry, cycle_s, collective_s, frozenset())
 
+    def runs(self) -> Iterator[tuple[str, Instruction, int]]:
+        """What a device runs one by one: (computation, instruction, how often)."""
+        yield from self._runs(self.entry, 1)
+
+    def flops(self, name: str, i: Instruction) -> int:
+        """Of the dot products in an instruction of a computation, for one run."""
+        return total(list(self._dots_in(i, self._types[name], 1)))
+
+    def _runs(self, name: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
+        for i in self.computations[name]:
+            if i.operation in ("while", "call", "conditional"):
+                for called in i.called:
+                    yield from self._runs(called, times * self._trips(i))
+            else:
+                yield name, i, times
+
     def slowest(self, count: int) -> list[tuple[int, str, str]]:
         """(cycles with loops, name, operation in the source) of the largest fusions."""
         found = sorted(self._cycles(self.entry, 1), reverse=True)
         return found[:count]
 
     def _dots(self, name: str, times: int) -> Iterator[Dot]:
-        types = self._types[name]
         for i in self.computations[name]:
-            if i.operation == "dot":
-                yield Dot(shape(i.type), _dot_flops(i, types), times)
-            elif i.operation == "convolution":
-                yield Dot(shape(i.type), _convolution_flops(i, types), times)
-            elif i.operation == "custom-call":
-                target = re.search(r'custom_call_target="([^"]*)"', i.rest)
-                if target and re.search("matmul|gemm|dot|conv", target[1]):
-                    raise ValueError(f"cannot count {i.rest[:120]}")
-            for called in i.called:
-                yield from self._dots(called, times * self._trips(i))
+            yield from self._dots_in(i, self._types[name], times)
+
+    def _dots_in(self, i: Instruction, types: dict[str, str], times: int):
+        if i.operation == "dot":
+            yield Dot(shape(i.type), _dot_flops(i, types), times)
+        elif i.operation == "convolution":
+            yield Dot(shape(i.type), _convolution_flops(i, types), times)
+        elif i.operation == "custom-call":
+            target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+            if target and re.search("matmul|gemm|dot|conv", target[1]):
+                raise ValueError(f"cannot count {i.rest[:120]}")
+        for called in i.called:
+            yield from self._dots(called, times * self._trips(i))
 
     def _trips(self, i: Instruction) -> int:
         if i.operation != "while":
@@ -190,11 +208,11 @@ class Program:
             type_ = (
                 parts[1] if kind in ("all-gather", "collective-permute") else parts[0]
             )
-        size = _bytes(type_)
+        whole = size(type_)
         groups = _groups(i.rest)
         if kind == "reduce-scatter":
-            size *= len(groups[0])
-        return Collective(kind, shape(type_), size, groups, times)
+            whole *= len(groups[0])
+        return Collective(kind, shape(type_), whole, groups, times)
 
     def _seconds(
         self, name: str, cycle_s: float, collective_s: Callable, outer: frozenset
@@ -264,7 +282,8 @@ def shape(type_: str) -> tuple[int, ...]:
     return tuple(int(size) for size in inside.split(",")) if inside else ()
 
 
-def _bytes(type_: str) -> int:
+def size(type_: str) -> int:
+    """ "f32[3,5]{1,0}" -> 60 bytes."""
     kind = type_.partition("[")[0]
     bits = BITS.get(kind) or int(re.sub(r"\D*(\d+).*", r"\1", kind))
     return math.prod(shape(type_)) * bits // 8

@@ -28,8 +28,10 @@ from minigpt4_jax import (
     chips,
     errors,
     flops,
+    hlo,
     locate,
     projection,
+    roofline,
     run_config,
     sharding,
 )
@@ -327,7 +329,7 @@ def table(cfg, preset: MiniGPT4Config, lengths: Lengths, args) -> int:
 
 
 def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) -> str:
-    """Memory and work of the step on the devices of this machine; nothing is run."""
+    """Memory and time of the step on the devices of this machine; it is not run."""
     devices = jax.devices()
     axes = parse_mesh(mesh_text, cfg, len(devices))
     mesh = sharding.make_mesh(**axes, devices=devices)
@@ -348,6 +350,10 @@ def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) 
     ]
     if peak:
         lines.append(f"at 100 % MFU {1e3 * work / peak:.1f} ms a step")
+    rates = roofline.measure(dtypes.compute)
+    shared = len(devices) if devices[0].platform == "cpu" else 1  # the same cores
+    found = roofline.project(hlo.Program(compiled.as_text()), rates, work, shared)
+    lines.append(f"{found} a step, {cfg.batch_size / found.seconds:.1f} examples/s")
     return "\n".join(lines)
 
 

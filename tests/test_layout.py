@@ -195,6 +195,7 @@ ROOMS = (
     ),
     (r"minigpt4_jax/initial", {"jax"}, rf"{ERRORS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/hlo", {"numpy"}, r""),
+    (r"minigpt4_jax/roofline", {"jax"}, r"minigpt4_jax|minigpt4_jax\.hlo"),
     (r"minigpt4_jax/chips", {"jax"}, rf"{ERRORS}|minigpt4_jax\.(flops|hlo)"),
     (
         r"minigpt4_jax/projection",
