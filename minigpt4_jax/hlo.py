@@ -193,26 +193,12 @@ class Program:
                 key = _channel(inner)
                 if key and key not in seen:
                     seen.add(key)
-                    yield self._collective(inner, times)
+                    yield from _exchanged(inner, times)
 
     def _spread(self, name: str) -> frozenset[str]:
         """Collectives within fusions of a computation, which a loop in it may go on with."""
         fused = (inner for i in self.computations[name] for inner in self._inside(i))
         return frozenset(_channel(inner) for inner in fused)
-
-    def _collective(self, i: Instruction, times: int = 1) -> Collective:
-        kind = i.operation.removesuffix("-start")
-        type_ = i.type
-        if i.type.startswith("("):  # of a start: operands and results
-            parts = re.findall(r"\w+\[[\d,]*\]", i.type)
-            type_ = (
-                parts[1] if kind in ("all-gather", "collective-permute") else parts[0]
-            )
-        whole = size(type_)
-        groups = _groups(i.rest)
-        if kind == "reduce-scatter":
-            whole *= len(groups[0])
-        return Collective(kind, shape(type_), whole, groups, times)
 
     def _seconds(
         self, name: str, cycle_s: float, collective_s: Callable, outer: frozenset
@@ -242,7 +228,7 @@ class Program:
             for inner in [i, *self._inside(i)]:
                 key = _channel(inner)
                 if key and key not in ends and key not in outer:
-                    took = collective_s(self._collective(inner))
+                    took = sum(map(collective_s, _exchanged(inner)))
                     ends[key] = link = max(now, link) + took
                     exchange += took
             if cycles := CYCLES.search(i.rest):
@@ -287,6 +273,23 @@ def size(type_: str) -> int:
     kind = type_.partition("[")[0]
     bits = BITS.get(kind) or int(re.sub(r"\D*(\d+).*", r"\1", kind))
     return math.prod(shape(type_)) * bits // 8
+
+
+def _exchanged(i: Instruction, times: int = 1) -> list[Collective]:
+    """The parts of a collective instruction, of which the compiler may make one of many."""
+    kind = i.operation.removesuffix("-start")
+    parts = re.findall(r"\w+\[[\d,]*\]", i.type)
+    if i.operation.endswith("-start"):  # operands and results, or what sends them
+        if kind == "all-gather":
+            parts = parts[len(parts) // 2 :]
+        elif kind == "collective-permute":
+            parts = parts[1:2]
+    groups = _groups(i.rest)
+    whole = len(groups[0]) if kind == "reduce-scatter" else 1
+    return [
+        Collective(kind, shape(part), size(part) * whole, groups, times)
+        for part in parts
+    ]
 
 
 def _channel(i: Instruction) -> str:
