@@ -28,6 +28,7 @@ from minigpt4_jax import (
     chips,
     errors,
     flops,
+    formula,
     hlo,
     locate,
     projection,
@@ -291,13 +292,9 @@ def table(cfg, preset: MiniGPT4Config, lengths: Lengths, args) -> int:
     for chip in chips.CHIPS.values():
         for size in SIZES:
             on = chips.slices(chip, size)
-            rows = [
-                projection.formula(cfg, preset, on, mesh, lengths)
-                for mesh in projection.meshes(preset, on, cfg.batch_size)
-            ]
-            rows = [row for row in rows if row.fits]
-            if rows:
-                found.append((on, max(rows, key=lambda row: row.mfu)))
+            row = formula.best(cfg, preset, on, lengths)
+            if row is not None:
+                found.append((on, row))
     if not found:
         raise ConfigError(
             f"no slice of {SIZES[0]} to {SIZES[-1]} chips holds a batch of "

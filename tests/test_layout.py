@@ -198,6 +198,12 @@ ROOMS = (
     (r"minigpt4_jax/roofline", {"jax"}, r"minigpt4_jax|minigpt4_jax\.hlo"),
     (r"minigpt4_jax/chips", {"jax"}, rf"{ERRORS}|minigpt4_jax\.(flops|hlo)"),
     (
+        r"minigpt4_jax/formula",
+        {"numpy"},
+        rf"{MODELS}|minigpt4_jax|"
+        r"minigpt4_jax\.(checkpoint|chips|projection|sharding)",
+    ),
+    (
         r"minigpt4_jax/projection",
         NET,
         rf"{ERRORS}|{MODELS}|minigpt4_jax|"
@@ -265,6 +271,7 @@ ROOMS = (
             *NET,
             "PIL",
             "numpy",
+            "scipy",
             "torch",
             "transformers",
             "webdataset",
