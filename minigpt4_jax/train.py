@@ -51,6 +51,11 @@ def main(argv: list[str]) -> int:
         raise errors.InputError(f"train takes flags only, got {argv[1]!r}")
     if not WORKDIR.value:
         raise errors.InputError("train needs --workdir, and --config to begin")
+    if "://" in WORKDIR.value:  # as a path it would be a folder of that name here
+        raise errors.InputError(
+            f"--workdir: training writes files, got {WORKDIR.value}; mount the bucket "
+            "(gcsfuse) and name the mount"
+        )
     workdir = Path(WORKDIR.value).expanduser()
     cfg = CONFIG.value or saved_config(workdir)
     run_config.check(cfg)  # its limits, before they are used
