@@ -62,18 +62,19 @@ def step(
     data, fsdp, tensor = (mesh[axis] for axis in sharding.AXES)
     turns, llama, vit = cfg.optim.accumulate, preset.llama, preset.vit
     examples = cfg.batch_size / turns / (data * fsdp)
+    images = examples if not cfg.cache.dtype else 0  # whose ViT is computed in a step
     tokens = examples * lengths.tokens / (1 - PADDING)
     again = 1.5 if cfg.remat == "block" else 1.0
     work = useful(cfg, preset, cfg.batch_size, lengths)
     done = work * again / (1 - PADDING)
 
-    passed = turns * (sizes.vit + 2 * sizes.llama) / tensor  # weights, each way
+    passed = turns * ((images > 0) * sizes.vit + 2 * sizes.llama) / tensor
     products = done / on.chips / (chip.peak * constants.products)
     compute = max(products, passed / chip.hbm)
     if fsdp == 1:  # nothing is gathered: a block is copied out of the stack
         compute += 2 * passed / chip.hbm
     of_tokens = tokens * llama.num_layers * _touched(llama, tensor)
-    of_images = examples * vit.num_patches * vit.num_layers * _touched(vit, tensor)
+    of_images = images * vit.num_patches * vit.num_layers * _touched(vit, tensor)
     touched = turns * (again * of_tokens + of_images)
     compute += constants.touched * touched / chip.hbm
 
@@ -85,7 +86,7 @@ def step(
         gathers *= 2  # summed, and given back
         compute += constants.zeros * gathered / chip.hbm
     summed = 4 * again * llama.num_layers * tokens * llama.width * 2
-    summed += 2 * vit.num_layers * examples * vit.num_patches * vit.width * 2
+    summed += 2 * vit.num_layers * images * vit.num_patches * vit.width * 2
     summed *= 2 * turns * (tensor - 1) / tensor
     waits = {1: 0, 2: constants.waits2, 4: constants.waits4, 8: constants.waits8}
     sums = waits[tensor] * summed / _reach(on, tuple(mesh.values()), "tensor")[0]

@@ -73,6 +73,17 @@ def test_more_of_a_chip_s_memory_bandwidth_makes_a_step_faster():
     assert 1.5 < v5e.seconds / v6e.seconds < 3
 
 
+def test_features_that_are_kept_spare_a_step_the_vit():
+    cfg = stage1.get_config("13b")
+    on, mesh = chips.parse("v5e:2x4"), dict(data=1, fsdp=8, tensor=1)
+    pixels = formula.step(cfg, VICUNA, on, mesh, LENGTHS)
+    cfg.cache.dtype = "float16"
+    kept = formula.step(cfg, VICUNA, on, mesh, LENGTHS)
+    assert kept.useful_flops < pixels.useful_flops
+    assert kept.collective_bytes < pixels.collective_bytes
+    assert kept.seconds < 0.8 * pixels.seconds
+
+
 @pytest.mark.parametrize("chip", chips.CHIPS)
 def test_the_formula_is_near_what_was_compiled(chip):
     ratios = []
