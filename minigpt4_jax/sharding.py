@@ -66,11 +66,11 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise ConfigError(
             f"{asked} needs {data * fsdp * tensor} devices, there are {there}"
         )
-    grid = _grid(devices, (data, fsdp, tensor))
+    grid = grid_of(devices, (data, fsdp, tensor))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _grid(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+def grid_of(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
     """Devices in the order of the mesh: axes along a TPU's torus, slices along `data`.
 
     Raises ConfigError where `data` cannot be split over the slices.

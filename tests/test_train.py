@@ -271,6 +271,7 @@ def test_flags_that_are_absent_or_mistyped_end_with_a_sentence(folder):
     flags = ["--config", "configs/demo_stage1.py"]
     for more, code, complaint in (
         ([], 2, "train needs --workdir"),
+        (["--workdir=gs://bucket/run"], 2, "mount the bucket"),
         (["--config.batchsize=2"], 3, 'Did you mean "batch_size"'),
     ):
         command = [sys.executable, "-m", "minigpt4_jax.train", *flags, *more]
