@@ -99,6 +99,7 @@ class Generator:
             dtype: of weights and products; default float32 on CPU, else bfloat16.
             quantize: "int8" or "int4" rounds the decoder's weights while they are read;
                 vision="int8" does it to the ViT's, and kv="int8" to keys and values.
+                What was converted with --quantize is so without a word.
             options: batch_size, chunk, drafts, places, prefix_bytes, as above.
 
         Raises:
@@ -108,8 +109,8 @@ class Generator:
         """
         _keep_compiled_programs()
         dtypes = default_dtypes(dtype)
-        quantisation = Quantisation(quantize, vision, kv)
         path = checkpoint.resolve(name_or_path)
+        quantisation = checkpoint.settle(path, Quantisation(quantize, vision, kv))
         batch, tokens = options.get("batch_size", 8), options.get("places")
         need = memory.needs(
             checkpoint.read_config(path),

@@ -118,6 +118,24 @@ def int4(kernel, axes: int = 1):
     return packed.reshape(ins // 2, -1), jnp.concatenate([step, start], axis=1)
 
 
+def rounded(path: str, floats, like, scale):
+    """A parameter, or one layer of a stack -> its whole numbers and their scales.
+
+    Args:
+        path: of the parameter.
+        like, scale: shape and dtype of both for the whole parameter, as
+            MiniGPT4.quantise gives them.
+    """
+    floats = jnp.asarray(floats)
+    if path.endswith("embedding"):
+        whole, made = int8(floats.T)
+        return whole.T, made
+    if like.dtype == jnp.uint8:
+        return int4(floats.reshape(2 * like.shape[-2], -1))
+    ins = math.prod(like.shape) // math.prod(scale.shape)
+    return int8(floats.reshape(ins, -1))
+
+
 def unpacked(kernel, scale, dtype):
     """What `int4` made -> [in, out] in `dtype`."""
     outs, groups = kernel.shape[-1], scale.shape[0]
