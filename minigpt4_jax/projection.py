@@ -19,6 +19,7 @@ from minigpt4_jax.chips import Slice
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.step import answer_loss, make_step, new_state, without_values
 
 BFLOAT16 = DTypes("bfloat16", "bfloat16", "bfloat16")
@@ -159,7 +160,9 @@ def lower_step(
 ):
     """The training step of a config, lowered for the mesh's devices."""
     found = without_values(
-        preset, cfg.trainable, mesh, dtypes, remat=cfg.remat == "block"
+        *(preset, cfg.trainable, mesh, dtypes),
+        remat=cfg.remat == "block",
+        quantisation=Quantisation(cfg.quantize),
     )
     optimizer = optim.make_optimizer(cfg.optim)
     step = make_step(
@@ -260,6 +263,8 @@ def formula(
     shapes = checkpoint.parameter_shapes(preset)
     stacks = {t: _bytes(shapes, f"{t}/blocks/") for t in ("vit", "llama")}
     rest = _bytes(shapes, "") - sum(stacks.values())
+    if cfg.quantize:
+        stacks["llama"] //= 2
     split = mesh["fsdp"] * mesh["tensor"]
     parts = mesh["data"] * mesh["fsdp"]
     examples = cfg.batch_size / cfg.optim.accumulate / parts
@@ -331,6 +336,8 @@ def meshes(preset: MiniGPT4Config, on: Slice, batch: int) -> Sequence[dict[str, 
 def advice(mesh: dict[str, int], cfg) -> list[str]:
     """Which options would make a plan fit that does not."""
     said = []
+    if not cfg.quantize:
+        said.append("--config.quantize=int8 holds the frozen decoder in half the bytes")
     if cfg.remat != "block":
         said.append("--config.remat=block keeps only what goes from block to block")
     examples = cfg.batch_size // cfg.optim.accumulate

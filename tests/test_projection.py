@@ -11,6 +11,7 @@ from minigpt4_jax import checkpoint, chips, hlo, optim, projection, sharding, st
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.projection import Lengths
 from tests import tiny
 from tests.training import config
@@ -128,6 +129,13 @@ def test_the_formula_prefers_what_fits_and_knows_what_does_not():
     cfg.remat = "none"
     said = " ".join(projection.advice(one.mesh, cfg))
     assert "remat=block" in said and "accumulate=2" in said
+    assert "quantize=int8" in said
+    cfg.quantize = "int8"
+    lengths = projection.mean_lengths(cfg, VICUNA)
+    mesh = dict(data=1, fsdp=8, tensor=1)
+    few = projection.formula(cfg, VICUNA, chips.parse("v5e:2x4"), mesh, lengths)
+    assert few.arguments < 0.65 * split.arguments
+    assert "quantize" not in " ".join(projection.advice(one.mesh, cfg))
 
 
 def test_meshes_divide_the_slice_the_batch_and_the_heads():
@@ -144,8 +152,15 @@ def test_meshes_divide_the_slice_the_batch_and_the_heads():
 def test_without_values_is_the_same_tree_as_with():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     patterns = (r"projector/.*",)
-    real = step.Trainables(tiny.model(), patterns)
-    none = step.without_values(tiny.CONFIG, patterns, mesh, DTypes())
-    assert none.frozen.keys() == real.frozen.keys()
-    for path, param in none.frozen.items():
-        assert param.get_value().shape == real.frozen[path].shape
+    for how in (Quantisation(), Quantisation("int8")):
+        model = tiny.model()
+        model.quantise(how)
+        real = step.Trainables(model, patterns)
+        none = step.without_values(
+            tiny.CONFIG, patterns, mesh, DTypes(), quantisation=how
+        )
+        assert none.frozen.keys() == real.frozen.keys()
+        for path, param in none.frozen.items():
+            value = param.get_value()
+            assert value.shape == real.frozen[path].shape
+            assert value.dtype == real.frozen[path].dtype
