@@ -16,7 +16,7 @@ import jax
 from minigpt4_jax import checkpoint, locate, memory
 from minigpt4_jax.data.images import ImageSource, read_image
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
-from minigpt4_jax.engine import PREFIX_BYTES, Engine
+from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import ConfigError, InputError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
@@ -24,6 +24,7 @@ from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.reading import Prepared
 from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
 from minigpt4_jax.score import Score, score
+from minigpt4_jax.score import warm_up as score_warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class Generator:
             (beam searches excepted; not with drafts). None: in shapes that follow the
             batch, which are faster but differ in the last bit of their sums.
         prefix_bytes: memory for what was read up to an image, for other questions
-            about that image; 0 keeps nothing.
+            about that image; 0 keeps nothing. None: for an image of each answer that
+            is decoded and one more, or 64 MiB if that is more.
 
     Attributes:
         engine: what answers; `Server` runs it for many threads.
@@ -62,7 +64,7 @@ class Generator:
         chunk: int = 8,
         drafts: int = 0,
         places: int | None = None,
-        prefix_bytes: int = PREFIX_BYTES,
+        prefix_bytes: int | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -118,7 +120,7 @@ class Generator:
             quantisation,
             batch=batch,
             tokens=tokens or memory.TOKENS,
-            prefix_bytes=options.get("prefix_bytes", PREFIX_BYTES),
+            prefix_bytes=options.get("prefix_bytes"),
         )
         logger.info("memory: %s", need)
         with memory.told(need):
@@ -225,13 +227,21 @@ class Generator:
         """End a request that was submitted, within a chunk; from any thread."""
         self.engine.cancel(request_id)
 
-    def warm_up(self, tokens: int = 512) -> int:
+    def warm_up(
+        self, tokens: int = 512, *, beams: Sequence[int] = (), scores: bool = False
+    ) -> int:
         """Compile all programs for prompts and answers of up to `tokens` together.
 
         Returns how many there are; nothing is compiled afterwards for conversations that
-        fit, but for beam searches and scores.
+        fit, nor for what else is named here.
+
+        Args:
+            beams: beam searches of these numbers of beams, as long as they have no stop
+                strings and ids of their own, no top_logprobs and no compat.
+            scores: `score`, of answers that fit as well.
         """
-        return self.engine.warm_up(tokens)
+        compiled = self.engine.warm_up(tokens, beams)
+        return compiled + (score_warm_up(self.engine, tokens) if scores else 0)
 
     def prepare(self, request: Request) -> Prepared:
         """A request checked and ready for `submit`: raises InputError now, not then."""
