@@ -55,6 +55,12 @@ class Rules:
     sequences_MN: jax.Array
     reference: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
+    @property
+    def least(self) -> float:
+        """A score that what is no hypothesis is below; divided at each token by a low
+        temperature, as the original does, that of one has no bound."""
+        return -jnp.inf if self.reference else DEAD / 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +168,9 @@ def begin(
         last_R=last_B[row_R],
         prompt_R=cache.length_B[row_R] + 1,
         beams=dataclasses.replace(nothing, score_BJ=first_BJ),
-        found=nothing,
+        found=dataclasses.replace(
+            nothing, score_BJ=jnp.full_like(first_BJ, 2 * rules.least)
+        ),
         failed_B=jnp.zeros(B, bool),
         open_B=rules.limit_B > 0,
     )
@@ -237,8 +245,11 @@ def _extend_as_the_reference(search: Search, logits_RV) -> Search:
     count = candidates.count_BJ.max()  # the same in all
     token_BC = candidates.ids_BJA[:, :, count - 1]
     ended_BC = (token_BC[..., None] == rules.end_ids_BE[:, None]).any(-1)
-    kept_BJ = jax.lax.top_k(candidates.score_BJ + ended_BC * DEAD, J)[1]
-    beams = _take(candidates, kept_BJ)
+    going_BC = jnp.where(ended_BC, -jnp.inf, candidates.score_BJ)
+    kept_BJ = jax.lax.top_k(going_BC, J)[1]
+    beams = dataclasses.replace(
+        _take(candidates, kept_BJ), score_BJ=_at(going_BC, kept_BJ)
+    )
     found = _collect(rules, search.found, candidates, _first(ended_BC, J) & open_B1)
     failed_B = _failed(logits_RV, B)
     done_B = ~_can_improve(rules, candidates, found, dummy=1)
@@ -384,13 +395,13 @@ def _collect(rules: Rules, found: Texts, texts: Texts, new_BC, dummy: int = 0) -
         dummy: tokens that count besides a text's own.
     """
     J = found.ids_BJA.shape[1]
-    new_BC &= texts.score_BJ > DEAD / 2
+    new_BC &= texts.score_BJ > rules.least
     length_BC = (texts.count_BJ + dummy).astype(jnp.float32)
     score_BC = texts.score_BJ / length_BC ** rules.length_penalty_B[:, None]
     texts = dataclasses.replace(
         texts,
         count_BJ=jnp.where(new_BC, texts.count_BJ, 0),
-        score_BJ=jnp.where(new_BC, score_BC, DEAD),
+        score_BJ=jnp.where(new_BC, score_BC, 2 * rules.least),
     )
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), found, texts)
     return _take(both, jax.lax.top_k(both.score_BJ, J)[1])
@@ -407,7 +418,7 @@ def _can_improve(rules: Rules, beams: Texts, found: Texts, dummy: int = 0):
     length_B = jnp.maximum(length_B + dummy, 1).astype(jnp.float32)
     best_B = beams.score_BJ[:, 0] / length_B**rules.length_penalty_B
     full_B = (found.count_BJ > 0).all(1)
-    worst_B = jnp.where(full_B, found.score_BJ.min(1), DEAD)
+    worst_B = jnp.where(full_B, found.score_BJ.min(1), 2 * rules.least)
     return (best_B > worst_B) & ~(full_B & (rules.early_B == EARLY[True]))
 
 

@@ -133,12 +133,13 @@ ROOMS = (
         r"minigpt4_jax/searches",
         {*NET, "numpy"},
         rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
-        r"minigpt4_jax\.(answer|beam|pool|reading|sampling)",
+        r"minigpt4_jax\.(answer|beam|compat|pool|reading|sampling)",
     ),
     (
         r"minigpt4_jax/score",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine|pool)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
+        r"minigpt4_jax\.(compilations|decoding|engine|pool|reading)",
     ),
     (r"minigpt4_jax/lru", set(), r""),
     (r"minigpt4_jax/compilations", {"jax"}, r""),
