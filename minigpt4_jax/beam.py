@@ -24,64 +24,19 @@ from flax import nnx
 from minigpt4_jax import sampling
 from minigpt4_jax.data.stops import FOUND
 from minigpt4_jax.decoding import spread
+from minigpt4_jax.hypotheses import (
+    DEAD,
+    Rules,
+    Texts,
+    along,
+    can_improve,
+    collect,
+    end_in,
+    first,
+    take,
+)
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
-
-DEAD = -1e9  # added to the score of what is no beam or no hypothesis
-EARLY = {False: 0, True: 1, "never": 2}  # Sampling.early_stopping as a number
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What B requests ask of their searches.
-
-    end_ids_BE: tokens that end an answer, as many in each row.
-    limit_B: tokens of an answer at most; 0: a spare row.
-    early_B: `EARLY`.
-    next_SV, state_B: stop strings, and in which state an answer begins.
-    sequences_MN: with `reference`: tokens, -1 before a short one, that end a search when
-        all of its beams end in them.
-    reference: the original's way (`_extend_as_the_reference`); of all B or none.
-    """
-
-    controls: sampling.Controls
-    end_ids_BE: jax.Array
-    limit_B: jax.Array
-    length_penalty_B: jax.Array
-    early_B: jax.Array
-    next_SV: jax.Array
-    state_B: jax.Array
-    sequences_MN: jax.Array
-    reference: bool = dataclasses.field(default=False, metadata=dict(static=True))
-
-    @property
-    def least(self) -> float:
-        """A score that what is no hypothesis is below; divided at each token by a low
-        temperature, as the original does, that of one has no bound."""
-        return -jnp.inf if self.reference else DEAD / 2
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """J beginnings or hypotheses of each request, the best first.
-
-    logprobs_BJA: of the tokens, before all rules.
-    score_BJ: sums of log-probabilities after the rules; of what has ended, over its
-        number of tokens to the power of the length penalty.
-    state_BJ: of the stop strings.
-    top_ids_BJAU, top_logprobs_BJAU: of the likeliest tokens at each place, U = 0 where no
-        request asks for them.
-    """
-
-    ids_BJA: jax.Array
-    logprobs_BJA: jax.Array
-    count_BJ: jax.Array
-    score_BJ: jax.Array
-    state_BJ: jax.Array
-    top_ids_BJAU: jax.Array
-    top_logprobs_BJAU: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -215,16 +170,16 @@ def _extend(search: Search, logits_RV) -> Search:
     ended_BC |= candidates.state_BJ == FOUND
     ended_BC |= candidates.count_BJ >= rules.limit_B[:, None]
     kept_BJ = jax.lax.top_k(candidates.score_BJ + ended_BC * DEAD, J)[1]
-    beams = _take(candidates, kept_BJ)
+    beams = take(candidates, kept_BJ)
     beams = dataclasses.replace(
-        beams, score_BJ=beams.score_BJ + _at(ended_BC, kept_BJ) * DEAD
+        beams, score_BJ=beams.score_BJ + along(ended_BC, kept_BJ) * DEAD
     )
-    found = _collect(rules, search.found, candidates, _first(ended_BC, J) & open_B1)
+    found = collect(rules, search.found, candidates, first(ended_BC, J) & open_B1)
     failed_B = _failed(logits_RV, B)
-    going_B = _can_improve(rules, beams, found) & ~ended_BC.all(1) & ~failed_B
+    going_B = can_improve(rules, beams, found) & ~ended_BC.all(1) & ~failed_B
     return dataclasses.replace(
         search,
-        cache=_reorder(search.cache, _at(parent_BC, kept_BJ), places=A),
+        cache=_reorder(search.cache, along(parent_BC, kept_BJ), places=A),
         beams=beams,
         found=found,
         failed_B=search.failed_B | (failed_B & search.open_B),
@@ -248,19 +203,19 @@ def _extend_as_the_reference(search: Search, logits_RV) -> Search:
     going_BC = jnp.where(ended_BC, -jnp.inf, candidates.score_BJ)
     kept_BJ = jax.lax.top_k(going_BC, J)[1]
     beams = dataclasses.replace(
-        _take(candidates, kept_BJ), score_BJ=_at(going_BC, kept_BJ)
+        take(candidates, kept_BJ), score_BJ=along(going_BC, kept_BJ)
     )
-    found = _collect(rules, search.found, candidates, _first(ended_BC, J) & open_B1)
+    found = collect(rules, search.found, candidates, first(ended_BC, J) & open_B1)
     failed_B = _failed(logits_RV, B)
-    done_B = ~_can_improve(rules, candidates, found, dummy=1)
+    done_B = ~can_improve(rules, candidates, found, dummy=1)
     cut_B = count >= rules.limit_B
     for sequence_N in rules.sequences_MN:
-        cut_B |= _end_in(beams.ids_BJA, count, sequence_N).all(1)
+        cut_B |= end_in(beams.ids_BJA, count, sequence_N).all(1)
     over_BJ = (cut_B & ~done_B)[:, None] & open_B1 & jnp.ones((B, J), bool)
-    found = _collect(rules, found, beams, over_BJ, dummy=1)
+    found = collect(rules, found, beams, over_BJ, dummy=1)
     return dataclasses.replace(
         search,
-        cache=_reorder(search.cache, _at(parent_BC, kept_BJ), places=A),
+        cache=_reorder(search.cache, along(parent_BC, kept_BJ), places=A),
         beams=beams,
         found=found,
         failed_B=search.failed_B | (failed_B & search.open_B),
@@ -268,23 +223,9 @@ def _extend_as_the_reference(search: Search, logits_RV) -> Search:
     )
 
 
-def _end_in(ids_BJA, count, sequence_N):
-    """Which texts of `count` tokens end in a sequence (-1 before a short one)."""
-    N = len(sequence_N)
-    at_N = count - N + jnp.arange(N)
-    last_BJN = jnp.take(ids_BJA, jnp.maximum(at_N, 0), axis=2)
-    same_BJN = (last_BJN == sequence_N) & (at_N >= 0)
-    return (same_BJN | (sequence_N < 0)).all(-1)
-
-
 def _failed(logits_RV, B: int):
     """Requests of which a beam's logits are not finite."""
     return ~jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1)).reshape(B, -1).all(1)
-
-
-def _first(mask_BC, J: int):
-    """Of the first J candidates; the others are there to go on with."""
-    return mask_BC & (jnp.arange(mask_BC.shape[1]) < J)
 
 
 def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
@@ -332,18 +273,18 @@ def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
     )
     chosen_BC = jax.lax.top_k(order_BX, (1 + ends) * J)[1]
     if rules.reference:
-        sorted_BC = jax.lax.top_k(_at(score_BX, chosen_BC), chosen_BC.shape[1])[1]
-        chosen_BC = _at(chosen_BC, sorted_BC)
+        sorted_BC = jax.lax.top_k(along(score_BX, chosen_BC), chosen_BC.shape[1])[1]
+        chosen_BC = along(chosen_BC, sorted_BC)
     parent_BC, token_BC = chosen_BC // V, chosen_BC % V
-    longer = _take(beams, parent_BC)
+    longer = take(beams, parent_BC)
     # All beams are as long.
     at = count_R[0]
-    new_BC = _at(logprobs_RV.reshape(B, J * V), chosen_BC)
+    new_BC = along(logprobs_RV.reshape(B, J * V), chosen_BC)
     return parent_BC, Texts(
         ids_BJA=longer.ids_BJA.at[:, :, at].set(token_BC),
         logprobs_BJA=longer.logprobs_BJA.at[:, :, at].set(new_BC),
         count_BJ=longer.count_BJ + 1,
-        score_BJ=_at(score_BX, chosen_BC),
+        score_BJ=along(score_BX, chosen_BC),
         state_BJ=rules.next_SV[longer.state_BJ, token_BC],
         **_tops(longer, logprobs_RV, parent_BC, at),
     )
@@ -388,40 +329,6 @@ def _cut(ruled_RV, controls: sampling.Controls, *, least: int):
     return jnp.where(kept_RV, ruled_RV / temperature_R[:, None], -jnp.inf)
 
 
-def _collect(rules: Rules, found: Texts, texts: Texts, new_BC, dummy: int = 0) -> Texts:
-    """The best J of the hypotheses so far and of the texts that are new among them.
-
-    Args:
-        dummy: tokens that count besides a text's own.
-    """
-    J = found.ids_BJA.shape[1]
-    new_BC &= texts.score_BJ > rules.least
-    length_BC = (texts.count_BJ + dummy).astype(jnp.float32)
-    score_BC = texts.score_BJ / length_BC ** rules.length_penalty_B[:, None]
-    texts = dataclasses.replace(
-        texts,
-        count_BJ=jnp.where(new_BC, texts.count_BJ, 0),
-        score_BJ=jnp.where(new_BC, score_BC, 2 * rules.least),
-    )
-    both = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), found, texts)
-    return _take(both, jax.lax.top_k(both.score_BJ, J)[1])
-
-
-def _can_improve(rules: Rules, beams: Texts, found: Texts, dummy: int = 0):
-    """Whether a beam may still become a hypothesis that is kept: [B].
-
-    Judged by the best beam as if it ended now; `early_stopping="never"` with a positive
-    length penalty judges it as if it ended at the limit without getting less likely.
-    """
-    patient_B = (rules.early_B == EARLY["never"]) & (rules.length_penalty_B > 0)
-    length_B = jnp.where(patient_B, rules.limit_B, beams.count_BJ[:, 0])
-    length_B = jnp.maximum(length_B + dummy, 1).astype(jnp.float32)
-    best_B = beams.score_BJ[:, 0] / length_B**rules.length_penalty_B
-    full_B = (found.count_BJ > 0).all(1)
-    worst_B = jnp.where(full_B, found.score_BJ.min(1), 2 * rules.least)
-    return (best_B > worst_B) & ~(full_B & (rules.early_B == EARLY[True]))
-
-
 def _reorder(cache: Cache, parent_BJ, *, places: int) -> Cache:
     """The cache with each row's answer, in the last `places`, that of its new beam."""
     B, J = parent_BJ.shape
@@ -435,17 +342,3 @@ def _reorder(cache: Cache, parent_BJ, *, places: int) -> Cache:
 
     k, v = jax.tree.map(move, (cache.k, cache.v))
     return dataclasses.replace(cache, k=k, v=v)
-
-
-def _take(texts: Texts, index_BJ) -> Texts:
-    """Some of each request's texts."""
-
-    def pick(x):
-        index = index_BJ.reshape(*index_BJ.shape, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1)
-
-    return jax.tree.map(pick, texts)
-
-
-def _at(x_BC, index_BJ):
-    return jnp.take_along_axis(x_BC, index_BJ, axis=1)

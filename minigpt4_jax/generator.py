@@ -14,22 +14,21 @@ from typing import Any
 import jax
 
 from minigpt4_jax import checkpoint, locate, memory
-from minigpt4_jax.data.images import ImageSource, read_image
+from minigpt4_jax.conversation import Chat, Images, images, pieces
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
 from minigpt4_jax.engine import Engine
-from minigpt4_jax.errors import ConfigError, InputError, unknown
+from minigpt4_jax.errors import ConfigError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.reading import Prepared
-from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.request import GREEDY, Event, Request, Sampling, user
 from minigpt4_jax.score import Score, score
 from minigpt4_jax.score import warm_up as score_warm_up
 
 logger = logging.getLogger(__name__)
 
 FLOATS = ("float32", "bfloat16", "float16")
-Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
 
 class Generator:
@@ -163,9 +162,9 @@ class Generator:
     ) -> Iterator[str]:
         """The answer in pieces of whole characters, as they are decoded."""
         request = Request(
-            [user(prompt, *_images(image))], sampling=sampling, stop=stop, seed=seed
+            [user(prompt, *images(image))], sampling=sampling, stop=stop, seed=seed
         )
-        return _pieces(self.submit([request]))
+        return pieces(self.submit([request]))
 
     def score(
         self,
@@ -186,7 +185,7 @@ class Generator:
         Raises:
             InputError: an image cannot be read, an answer does not fit, or has no token.
         """
-        messages = [user(prompt, *_images(image))]
+        messages = [user(prompt, *images(image))]
         with memory.told(self.need):
             return score(self.engine, messages, answers, end=end)
 
@@ -199,7 +198,7 @@ class Generator:
         seed: int = 0,
         overflow: str = "error",
         compat: str | None = None,
-    ) -> "Chat":
+    ) -> Chat:
         """A conversation; its defaults are the reference's (temperature 1, top-p 0.9).
 
         `Request` tells what `overflow` and `compat` do.
@@ -246,86 +245,6 @@ class Generator:
     def prepare(self, request: Request) -> Prepared:
         """A request checked and ready for `submit`: raises InputError now, not then."""
         return self.engine.prepare(request)
-
-
-class Chat:
-    """A conversation that remembers its turns and images.
-
-    Attributes:
-        messages: the turns so far.
-        sampling: how the next answers are drawn.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        *,
-        system: str | None = None,
-        sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        overflow: str = "error",
-        compat: str | None = None,
-    ):
-        self.generator = generator
-        self.sampling = sampling
-        self._stop = tuple(stop)
-        self._seed = seed
-        self._overflow = overflow
-        self._compat = compat
-        self._system = [] if system is None else [Message("system", system)]
-        self.messages: list[Message] = []
-        self.reset()
-
-    def ask(self, text: str, image: Images = None) -> str:
-        """The whole answer to the next turn; an image stays in the conversation."""
-        return "".join(self.stream(text, image))
-
-    def stream(self, text: str, image: Images = None) -> Iterator[str]:
-        """The answer in pieces."""
-        return _pieces(self.events(text, image))
-
-    def events(self, text: str, image: Images = None) -> Iterator[Event]:
-        """The answer as events; what was said when the caller stops is remembered.
-
-        A turn that fails leaves the conversation as it was.
-        """
-        images = [read_image(source) for source in _images(image)]
-        turn = user(text, *images)
-        request = Request(
-            [*self.messages, turn],
-            sampling=self.sampling,
-            stop=self._stop,
-            seed=(self._seed + len(self.messages)) % 2**32,
-            overflow=self._overflow,
-            compat=self._compat,
-        )
-        said: list[str] = []
-        try:
-            for event in self.generator.submit([request]):
-                said = [] if event.error else [*said, event.piece]
-                yield event
-        finally:
-            if said:
-                self.messages += [turn, Message("assistant", "".join(said))]
-
-    def reset(self) -> None:
-        """Forget all turns and images, but not the system message."""
-        self.messages = list(self._system)
-
-
-def _images(image: Images) -> list[ImageSource]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]
-
-
-def _pieces(events: Iterable[Event]) -> Iterator[str]:
-    for event in events:
-        if event.error is not None:
-            raise InputError(event.error)
-        if event.piece:
-            yield event.piece
 
 
 def default_dtypes(dtype: str | None) -> DTypes:

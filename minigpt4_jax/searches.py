@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import beam, compat, sampling
+from minigpt4_jax import beam, compat, hypotheses, sampling
 from minigpt4_jax.answer import Answer
 from minigpt4_jax.data.stops import Stops, stops, vocabulary
 from minigpt4_jax.data.tokens import Tokenizer
@@ -127,7 +127,7 @@ class Searcher:
         sizes = dict(beams=kind.beams, budget=budget, tops=kind.tops)
         return self._programs.begin(cache, last_B, rules, **sizes)
 
-    def _rules(self, jobs: Sequence[Job], kind: Kind, batch: int) -> beam.Rules:
+    def _rules(self, jobs: Sequence[Job], kind: Kind, batch: int) -> hypotheses.Rules:
         rules = [job.request.sampling for job in jobs]
         table = self._stops(kind.stop)
         spare = batch - len(jobs)
@@ -140,7 +140,7 @@ class Searcher:
             table.first if job.request.messages[-1].role == "user" else 0
             for job in jobs
         ]
-        return beam.Rules(
+        return hypotheses.Rules(
             controls=sampling.controls(
                 [(job.request.sampling, job.request.seed, 0) for job in jobs],
                 batch,
@@ -154,7 +154,9 @@ class Searcher:
             length_penalty_B=column(
                 [rule.length_penalty for rule in rules], np.float32
             ),
-            early_B=column([beam.EARLY[r.early_stopping] for r in rules], np.int32),
+            early_B=column(
+                [hypotheses.EARLY[r.early_stopping] for r in rules], np.int32
+            ),
             next_SV=table.next_SV,
             state_B=column(states, np.int32),
             sequences_MN=_sequences(kind.rules.stops if kind.rules else ()),
@@ -182,7 +184,7 @@ def _sequences(stops: Sequence[tuple[int, ...]]) -> np.ndarray:
     return np.array(rows, np.int32).reshape(len(stops), longest)
 
 
-def _events(job: Job, found: beam.Texts, failed: bool) -> list[Event]:
+def _events(job: Job, found: hypotheses.Texts, failed: bool) -> list[Event]:
     """The last events of a job's answers, the best first.
 
     Args:
