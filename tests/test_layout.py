@@ -261,6 +261,7 @@ ROOMS = (
             "numpy",
             "torch",
             "transformers",
+            "llama_cpp",
             "webdataset",
             "absl",
             "ml_collections",
