@@ -17,8 +17,6 @@ import torch
 import transformers
 from flax import nnx
 
-from convert.demo import package_file
-from minigpt4_jax import locate
 from minigpt4_jax.data.tokens import Tokenizer
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.layers import DTypes
@@ -193,16 +191,15 @@ def ask_theirs(model: transformers.LlamaForCausalLM, task: Task) -> Answers:
     return Answers(times[0], times[-1], out_BT[:, most:].tolist())
 
 
-def llama_cpp(folder: Path) -> Iterable[Contender]:
-    """llama.cpp on the demo's GGUF file, and on what its own quantize makes of that.
+def llama_cpp(gguf: Path, folder: Path) -> Iterable[Contender]:
+    """llama.cpp on a GGUF file in Q4_1, and on what its own quantize makes of that.
 
     Args:
         folder: for those files; they are memory-mapped, so it must stay.
     """
     import llama_cpp as lib
 
-    source = locate.demo_pins()["sources"][1]
-    files = {"Q4_1": package_file(source)}
+    files = {"Q4_1": gguf}
     kinds = {"Q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "float32": lib.LLAMA_FTYPE_ALL_F32}
     for kind, number in kinds.items():
         files[kind] = folder / f"{kind}.gguf"

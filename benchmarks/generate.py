@@ -46,7 +46,8 @@ from benchmarks.contenders import (
     theirs,
     weights_of,
 )
-from minigpt4_jax import errors
+from convert.demo import package_file
+from minigpt4_jax import errors, locate
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.quantised import KINDS
 from minigpt4_jax.request import GREEDY, Request, user
@@ -72,8 +73,9 @@ def main(argv: list[str]) -> None:
     plain = ours(args.checkpoint, "float32")
     with tempfile.TemporaryDirectory() as folder:
         contenders = field(plain, args.checkpoint, args.tokens)
-        if args.checkpoint != "random" and importlib.util.find_spec("llama_cpp"):
-            contenders += llama_cpp(Path(folder))
+        if args.checkpoint == "demo" and importlib.util.find_spec("llama_cpp"):
+            gguf = package_file(locate.demo_pins()["sources"][1])
+            contenders += llama_cpp(gguf, Path(folder))
         measure(plain, contenders, args.tokens, args.repeats)
 
 
