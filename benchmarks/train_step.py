@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from absl import flags
 
-from benchmarks import generate
+from benchmarks import contenders
 from minigpt4_jax import Generator, checkpoint, errors, flops, locate, optim
 from minigpt4_jax.data import pipeline
 from minigpt4_jax.data.images import read_image, squash
@@ -178,7 +178,7 @@ class Setup:
     # Theirs.
 
     def theirs(self, captions, dtype: torch.dtype, labels_only: bool):
-        decoder = generate.theirs(self.generator).to(dtype)
+        decoder = contenders.theirs(self.generator).to(dtype)
         decoder.requires_grad_(False)
         trained = torch.nn.ModuleList([self.queries, self.projector])
         optimizer = None

@@ -264,6 +264,7 @@ ROOMS = (
             "numpy",
             "torch",
             "transformers",
+            "llama_cpp",
             "webdataset",
             "absl",
             "ml_collections",
