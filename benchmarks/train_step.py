@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from absl import flags
 
-from benchmarks import generate
+from benchmarks import contenders
 from minigpt4_jax import (
     Generator,
     checkpoint,
@@ -203,7 +203,7 @@ class Setup:
     # Theirs.
 
     def theirs(self, captions, dtype: torch.dtype, labels_only: bool):
-        decoder = generate.theirs(self.generator).to(dtype)
+        decoder = contenders.theirs(self.generator).to(dtype)
         decoder.requires_grad_(False)
         trained = torch.nn.ModuleList([self.queries, self.projector])
         optimizer = None

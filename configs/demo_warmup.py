@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
         accumulate=1,
     )
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
+    cfg.quantize = ""  # int8: the frozen decoder in a byte a weight, for memory
     cfg.remat = "none"  # block: recompute activations, for memory
     cfg.loader = dict(workers=0, prefetch=2, limit_s=120, budget=0.01)
     cfg.keep = dict(last=2, every=0)  # checkpoints: the newest, and every so many steps

@@ -68,6 +68,7 @@ def get_config(model: str = "7b") -> ConfigDict:
         accumulate=1,  # parts of a batch that are computed one after another
     )
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
+    cfg.quantize = ""  # int8: the frozen decoder in a byte a weight, for memory
     cfg.remat = chosen["remat"]  # block: recompute activations, for memory | none
     cfg.loader = dict(workers=4, prefetch=2, limit_s=120, budget=0.01)
     cfg.keep = dict(last=2, every=200)  # checkpoints: the newest, and every so many

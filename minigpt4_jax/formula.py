@@ -58,7 +58,7 @@ def step(
     constants: Constants = FITTED,
 ) -> Projection:
     """A training step without compiling, in a fraction of a millisecond."""
-    sizes, chip = _sizes(preset), on.chip
+    sizes, chip = _sizes(preset, cfg.quantize), on.chip
     data, fsdp, tensor = (mesh[axis] for axis in sharding.AXES)
     turns, llama, vit = cfg.optim.accumulate, preset.llama, preset.vit
     examples = cfg.batch_size / turns / (data * fsdp)
@@ -139,7 +139,8 @@ def _memory(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model in bfloat16: of its two stacks of blocks, and of the rest."""
+    """Bytes of a model in bfloat16, or its decoder in int8: of its two stacks of blocks,
+    and of the rest."""
 
     vit: int
     llama: int
@@ -147,7 +148,7 @@ class Sizes:
 
 
 @functools.cache
-def _sizes(preset: MiniGPT4Config) -> Sizes:
+def _sizes(preset: MiniGPT4Config, quantize: str) -> Sizes:
     shapes = checkpoint.parameter_shapes(preset)
 
     def size(prefix: str) -> int:
@@ -155,7 +156,8 @@ def _sizes(preset: MiniGPT4Config) -> Sizes:
         return 2 * sum(math.prod(shape) for shape in found)
 
     vit, llama = size("vit/blocks/"), size("llama/blocks/")
-    return Sizes(vit, llama, size("") - vit - llama)
+    rest = size("") - vit - llama
+    return Sizes(vit, llama // 2 if quantize else llama, rest)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from minigpt4_jax.chips import Slice
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.step import answer_loss, make_step, new_state, without_values
 
 BFLOAT16 = DTypes("bfloat16", "bfloat16", "bfloat16")
@@ -162,7 +163,9 @@ def lower_step(
 ):
     """The training step of a config, lowered for the mesh's devices."""
     found = without_values(
-        preset, cfg.trainable, mesh, dtypes, remat=cfg.remat == "block"
+        *(preset, cfg.trainable, mesh, dtypes),
+        remat=cfg.remat == "block",
+        quantisation=Quantisation(cfg.quantize),
     )
     optimizer = optim.make_optimizer(cfg.optim)
     step = make_step(
@@ -247,6 +250,8 @@ def read(compiled, on: Slice, mesh: Mesh, **known) -> Projection:
 def advice(mesh: dict[str, int], cfg) -> list[str]:
     """Which options would make a plan fit that does not."""
     said = []
+    if not cfg.quantize:
+        said.append("--config.quantize=int8 holds the frozen decoder in half the bytes")
     if cfg.remat != "block":
         said.append("--config.remat=block keeps only what goes from block to block")
     examples = cfg.batch_size // cfg.optim.accumulate

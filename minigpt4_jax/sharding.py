@@ -146,7 +146,9 @@ def hold(model: nnx.Module, frozen: Collection[str], mesh: Mesh) -> None:
     """Give the kernels named in `frozen` the shape of `held`, in the model itself."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = "/".join(map(str, path))
-        shape = held(name, param.shape, mesh) if name in frozen else param.shape
+        # Two weights in a byte are no columns that could be cut: they stay as they are.
+        matrix = name in frozen and param.dtype != np.uint8
+        shape = held(name, param.shape, mesh) if matrix else param.shape
         if shape != param.shape:
             matrix = _matrix(name, param.shape)
             where = parameter_sharding(name, shape, mesh)

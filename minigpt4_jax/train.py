@@ -30,6 +30,7 @@ from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.generator import default_dtypes
 from minigpt4_jax.guard import Guard
 from minigpt4_jax.looks import Looks
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.progress import Bar, Board, Meter
 from minigpt4_jax.step import Trainables, make_step, new_state
 from minigpt4_jax.stream import Stream
@@ -89,8 +90,12 @@ def _prepare(cfg, workdir: Path, devices, watch: Watchdog) -> bool:
     mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
     sharding.check_batch(cfg.batch_size // cfg.optim.accumulate, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
-    shapes = checkpoint.parameter_shapes(checkpoint.read_config(directory))
-    optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
+    preset = checkpoint.read_config(directory)
+    shapes = checkpoint.parameter_shapes(preset)
+    trained = optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
+    how = checkpoint.settle(directory, Quantisation(cfg.quantize))
+    held = checkpoint.parameter_shapes(preset, how)
+    run_config.check_trainable(trained, held, how.decoder or how.vision)
 
     # Data, before the model: a wrong path should not cost a load.
     watch.pace.before("opening the data")
@@ -118,7 +123,12 @@ def _train(
     watch.pace.before("loading the model")
     dtypes = default_dtypes(cfg.dtype or None)
     model = checkpoint.load_model(
-        directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
+        directory,
+        dtypes,
+        mesh,
+        absent=tuple(cfg.trainable),
+        seed=cfg.seed,
+        quantisation=Quantisation(cfg.quantize),
     )
     model.set_remat(cfg.remat == "block")
     shapes = checkpoint.parameter_shapes(model.cfg)

@@ -29,6 +29,18 @@ def test_the_formula_knows_what_does_not_fit():
     assert split.fits and 0.1 < split.mfu < 0.6
     said = " ".join(projection.advice(dict(data=8, fsdp=1, tensor=1), CONFIG))
     assert "a mesh with more fsdp" in said and "accumulate=2" in said
+    assert "quantize=int8" in said
+
+
+def test_a_decoder_in_eight_bits_is_half_of_what_is_held_and_gathered():
+    cfg = stage1.get_config("13b")
+    on, mesh = chips.parse("v5e:2x4"), dict(data=1, fsdp=8, tensor=1)
+    whole = formula.step(cfg, VICUNA, on, mesh, LENGTHS)
+    cfg.quantize = "int8"
+    few = formula.step(cfg, VICUNA, on, mesh, LENGTHS)
+    assert few.arguments < 0.65 * whole.arguments
+    assert few.collectives < 0.6 * whole.collectives
+    assert "quantize" not in " ".join(projection.advice(mesh, cfg))
 
 
 def test_meshes_divide_the_slice_the_batch_and_the_heads():

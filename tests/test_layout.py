@@ -124,22 +124,24 @@ ROOMS = (
         {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
     ),
+    (r"minigpt4_jax/hypotheses", {"jax"}, r"minigpt4_jax|minigpt4_jax\.sampling"),
     (
         r"minigpt4_jax/beam",
         NET,
         rf"{REQUEST}|{MODELS}|minigpt4_jax\.data\.stops|"
-        r"minigpt4_jax|minigpt4_jax\.(decoding|sampling)",
+        r"minigpt4_jax|minigpt4_jax\.(decoding|hypotheses|sampling)",
     ),
     (
         r"minigpt4_jax/searches",
         {*NET, "numpy"},
         rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
-        r"minigpt4_jax\.(answer|beam|pool|reading|sampling)",
+        r"minigpt4_jax\.(answer|beam|compat|hypotheses|pool|reading|sampling)",
     ),
     (
         r"minigpt4_jax/score",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine|pool)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
+        r"minigpt4_jax\.(compilations|decoding|engine|pool|reading)",
     ),
     (r"minigpt4_jax/lru", set(), r""),
     (r"minigpt4_jax/compilations", {"jax"}, r""),
@@ -164,11 +166,12 @@ ROOMS = (
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\."
         r"(compat|compilations|decoding|endings|pool|reading|schedule|searches)",
     ),
+    (r"minigpt4_jax/conversation", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
         r"minigpt4_jax/generator",
         {"jax"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(checkpoint|engine|locate|memory|reading|score)",
+        r"minigpt4_jax\.(checkpoint|conversation|engine|locate|memory|reading|score)",
     ),
     (
         r"minigpt4_jax/loop",
@@ -274,6 +277,7 @@ ROOMS = (
             "scipy",
             "torch",
             "transformers",
+            "llama_cpp",
             "webdataset",
             "absl",
             "ml_collections",

@@ -9,6 +9,7 @@ import pytest
 from minigpt4_jax import checkpoint, hlo, optim, projection, sharding, step
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.projection import Lengths
 from tests import tiny
 from tests.training import config
@@ -119,8 +120,15 @@ def test_a_batch_that_does_not_split_over_the_mesh_is_refused():
 def test_without_values_is_the_same_tree_as_with():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     patterns = (r"projector/.*",)
-    real = step.Trainables(tiny.model(), patterns)
-    none = step.without_values(tiny.CONFIG, patterns, mesh, DTypes())
-    assert none.frozen.keys() == real.frozen.keys()
-    for path, param in none.frozen.items():
-        assert param.get_value().shape == real.frozen[path].shape
+    for how in (Quantisation(), Quantisation("int8")):
+        model = tiny.model()
+        model.quantise(how)
+        real = step.Trainables(model, patterns)
+        none = step.without_values(
+            tiny.CONFIG, patterns, mesh, DTypes(), quantisation=how
+        )
+        assert none.frozen.keys() == real.frozen.keys()
+        for path, param in none.frozen.items():
+            value = param.get_value()
+            assert value.shape == real.frozen[path].shape
+            assert value.dtype == real.frozen[path].dtype
