@@ -13,7 +13,8 @@ SIZES = (4, 8, 16, 32, 64, 128, 256)
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(plan_table.table(["7b", "13b"], list(chips.CHIPS), SIZES))
+    known = plan_table.read()
+    return list(plan_table.table(["7b", "13b"], list(chips.CHIPS), SIZES, known))
 
 
 def test_the_page_in_the_docs_is_what_the_script_prints(rows):
@@ -68,6 +69,17 @@ def test_what_was_compiled_stands_beside_its_row_only():
     assert plan_table.line(row, None).endswith("|  |  |")
     none = plan_table.Compiled(*row.key, 0.0, 0, "c0ffee", "")
     assert "no room" in plan_table.line(row, none)
+
+
+def test_a_split_that_was_compiled_comes_before_one_that_is_hardly_better():
+    on = chips.parse("v5e:2x4")
+    free = plan_table.best(1, "13b", on, 256)
+    keys = {entry.key for entry in plan_table.read()}
+    assert free.key not in keys
+    kept = plan_table.best(1, "13b", on, 256, keys)
+    assert kept.key in keys and kept.found.seconds < 1.03 * free.found.seconds
+    worse = (1, "13b", "v5e:2x4", 256, (1, 2, 4), "none")
+    assert plan_table.best(1, "13b", on, 256, {worse}).key == free.key
 
 
 def test_a_fit_finds_the_constants_that_made_the_times():
