@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import plan_table
 from minigpt4_jax import chips
+from minigpt4_jax.errors import ConfigError
 
 PAGE = Path(__file__).parents[1] / "docs" / "slices.md"
 SIZES = (4, 8, 16, 32, 64, 128, 256)
@@ -13,7 +14,8 @@ SIZES = (4, 8, 16, 32, 64, 128, 256)
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(plan_table.table(["7b", "13b"], list(chips.CHIPS), SIZES))
+    known = plan_table.read()
+    return list(plan_table.table(["7b", "13b"], list(chips.CHIPS), SIZES, known))
 
 
 def test_the_page_in_the_docs_is_what_the_script_prints(rows):
@@ -70,6 +72,17 @@ def test_what_was_compiled_stands_beside_its_row_only():
     assert "no room" in plan_table.line(row, none)
 
 
+def test_a_split_that_was_compiled_comes_before_one_that_is_hardly_better():
+    on = chips.parse("v5e:2x4")
+    free = plan_table.best(1, "13b", on, 256)
+    keys = {entry.key for entry in plan_table.read()}
+    assert free.key not in keys
+    kept = plan_table.best(1, "13b", on, 256, keys)
+    assert kept.key in keys and kept.found.seconds < 1.03 * free.found.seconds
+    worse = (1, "13b", "v5e:2x4", 256, (1, 2, 4), "none")
+    assert plan_table.best(1, "13b", on, 256, {worse}).key == free.key
+
+
 def test_a_fit_finds_the_constants_that_made_the_times():
     wanted = plan_table.Constants(touched=25.0, exposed=0.2, waits2=2.0)
     made = [
@@ -83,3 +96,31 @@ def test_a_fit_finds_the_constants_that_made_the_times():
     assert found.touched == pytest.approx(25, rel=0.02)
     assert found.exposed == pytest.approx(0.2, abs=0.03)
     assert found.waits2 == pytest.approx(2, rel=0.05)
+
+
+def test_rows_that_were_never_compiled_are_and_what_is_found_is_kept(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan_table, "COMPILED", tmp_path / "compiled.json")
+    monkeypatch.setattr(plan_table, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(plan_table, "versions", lambda: "jax 1")
+    rows = [r for r in plan_table.table(["13b"], ["v5e"], [4, 8]) if r.stage == 1]
+    asked = []
+
+    def compiled_step(cfg, preset, on, mesh, lengths):
+        asked.append((str(on), cfg.batch_size, cfg.remat, tuple(mesh.values())))
+        if len(asked) == 2:
+            raise ConfigError("does not fit")
+        return rows[0].found
+
+    monkeypatch.setattr(plan_table.plan, "compiled_step", compiled_step)
+    known = [plan_table.Compiled(*rows[0].key, 1.0, 2**30, "c0ffee", "jax 1")]
+    plan_table.add(rows, known, 2)
+    assert asked == [
+        (str(r.on), r.found.batch, r.remat, tuple(r.found.mesh.values()))
+        for r in rows[1:3]
+    ]
+    kept = plan_table.read()
+    assert [entry.key for entry in kept] == [row.key for row in rows[:3]]
+    assert kept[1].seconds == round(rows[0].found.seconds, 4) and kept[2].seconds == 0
+    assert "no room" in plan_table.beside(kept[2])
