@@ -221,7 +221,10 @@ class Generator:
             yield from self.engine.submit(requests)
 
     def cancel(self, request_id: str) -> None:
-        """End a request that was submitted, within a chunk; from any thread."""
+        """End a request that was submitted, within a chunk.
+
+        From any thread, or a signal handler.
+        """
         self.engine.cancel(request_id)
 
     def warm_up(self, tokens: int = 512) -> int:
@@ -264,6 +267,7 @@ class Chat:
         self._compat = compat
         self._system = [] if system is None else [Message("system", system)]
         self.messages: list[Message] = []
+        self._under_way = ""
         self.reset()
 
     def ask(self, text: str, image: Images = None) -> str:
@@ -277,7 +281,8 @@ class Chat:
     def events(self, text: str, image: Images = None) -> Iterator[Event]:
         """The answer as events; what was said when the caller stops is remembered.
 
-        A turn that fails leaves the conversation as it was.
+        A turn that fails, or is stopped before its first word, leaves the conversation
+        as it was.
         """
         images = [read_image(source) for source in _images(image)]
         turn = user(text, *images)
@@ -290,13 +295,23 @@ class Chat:
             compat=self._compat,
         )
         said: list[str] = []
+        self._under_way = request.id
         try:
             for event in self.generator.submit([request]):
-                said = [] if event.error else [*said, event.piece]
+                nothing = event.finish_reason == "cancelled" and not any(said)
+                said = [] if event.error or nothing else [*said, event.piece]
                 yield event
         finally:
+            self._under_way = ""
             if said:
                 self.messages += [turn, Message("assistant", "".join(said))]
+
+    def stop(self) -> None:
+        """End the answer under way, within a chunk; its last event says "cancelled".
+
+        From any thread, or a signal handler.
+        """
+        self.generator.cancel(self._under_way)
 
     def reset(self) -> None:
         """Forget all turns and images, but not the system message."""

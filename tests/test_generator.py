@@ -110,6 +110,46 @@ def test_what_was_said_before_an_interruption_is_remembered(gen):
     assert [m.text for m in chat.messages] == ["Hm?", piece]
 
 
+def test_a_stopped_answer_frees_the_model_and_is_remembered(gen):
+    chat = gen.chat(
+        sampling=dataclasses.replace(GREEDY, max_tokens=200, min_tokens=200)
+    )
+    said, last = [], None
+    for event in chat.events("Hm?", tiny.image()):
+        said.append(event.piece)
+        last = event
+        if len(said) == 2:
+            chat.stop()
+    assert last.finish_reason == "cancelled" and last.usage.answer_tokens < 10
+    assert [m.text for m in chat.messages] == ["Hm?", "".join(said)]
+    chat.stop()  # nothing is under way: nothing happens
+    assert len(chat.ask("And?")) > 0
+
+
+def test_an_answer_stopped_before_its_first_word_leaves_the_chat_as_it_was(
+    gen, monkeypatch
+):
+    chat = gen.chat(sampling=SHORT)
+    prepare = gen.engine.prepare
+
+    def stopped(request):
+        chat.stop()
+        return prepare(request)
+
+    monkeypatch.setattr(gen.engine, "prepare", stopped)
+    (event,) = chat.events("Hm?", tiny.image())
+    assert event.finish_reason == "cancelled" and chat.messages == []
+
+
+def test_a_signal_may_cancel_while_the_engine_holds_its_locks(gen):
+    schedule = gen.engine.schedule()
+    with gen.engine._lock, schedule._lock:  # as a handler in the same thread finds them
+        gen.engine._schedules.add(schedule)
+        gen.cancel("x")
+        gen.engine._schedules.discard(schedule)
+    assert schedule._cancelled == {"x"}
+
+
 def test_loading_a_converted_directory_gives_the_same_answers(gen, tmp_path):
     directory = tiny.save(tmp_path / "tiny")
     was = jax.config.jax_compilation_cache_dir
