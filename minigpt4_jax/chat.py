@@ -115,6 +115,8 @@ def converse(chat: Chat, image, typed: Typed) -> None:
                 note("Forgotten; the photo is shown again.")
             elif command == "/image":
                 file = os.path.expanduser(argument.strip().strip("'\""))
+                if not file:
+                    raise errors.InputError("/image FILE: which file?")
                 new = image = read_image(file)
                 show(image)
                 note("Shown with your next question.")

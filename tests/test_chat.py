@@ -59,6 +59,8 @@ def test_a_terminal_gets_a_first_answer_and_then_a_conversation(arguments):
         terminal.wait_for(TOLD)
         terminal.type("/image nowhere.jpg")
         terminal.wait_for("nowhere.jpg.*no such file")
+        terminal.type("/image")
+        terminal.wait_for("which file")
         terminal.type("/imgae a.png")
         terminal.wait_for("did you mean '/image'")
         terminal.type("/reset")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import pytest
@@ -143,11 +144,18 @@ def test_an_answer_stopped_before_its_first_word_leaves_the_chat_as_it_was(
 
 def test_a_signal_may_cancel_while_the_engine_holds_its_locks(gen):
     schedule = gen.engine.schedule()
-    with gen.engine._lock, schedule._lock:  # as a handler in the same thread finds them
-        gen.engine._schedules.add(schedule)
-        gen.cancel("x")
-        gen.engine._schedules.discard(schedule)
-    assert schedule._cancelled == {"x"}
+
+    def cancel():
+        """As a handler does, in the thread that it came in upon."""
+        with gen.engine._lock, schedule._lock:
+            gen.engine._schedules.add(schedule)
+            gen.cancel("x")
+            gen.engine._schedules.discard(schedule)
+
+    thread = threading.Thread(target=cancel, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and schedule._cancelled == {"x"}
 
 
 def test_loading_a_converted_directory_gives_the_same_answers(gen, tmp_path):
