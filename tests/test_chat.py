@@ -95,6 +95,15 @@ def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_chat(arguments):
         assert terminal.ended() == 0
 
 
+def test_ctrl_c_ends_a_single_answer_with_exit_code_130(arguments):
+    alone = [*arguments, "--config.max_tokens=50_000", "--prompt=Hm?"]
+    with Terminal(alone) as terminal:
+        terminal.wait_for("(?s)About .*a.png:.{60}")
+        terminal.press(CTRL_C)
+        terminal.wait_for("Stopped[^>]*interrupted")
+        assert terminal.ended() == 130
+
+
 class Talk:
     """A chat whose answers go on until they are stopped."""
 
