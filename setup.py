@@ -74,6 +74,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt4_jax", "minigpt4_jax.*"]),
     package_data={"minigpt4_jax": ["py.typed", "assets/**/*"]},
+    entry_points={"console_scripts": ["minigpt4-jax = minigpt4_jax.cli:main"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -1,6 +1,6 @@
 r"""Talking about a photo; the sampling is that of the reference's chat.
 
-python -m minigpt4_jax.chat --checkpoint demo --image photo.jpg \
+minigpt4-jax chat --checkpoint demo --image photo.jpg \
     --config configs/chat.py --config.temperature=0.2
 """
 

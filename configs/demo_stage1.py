@@ -1,6 +1,6 @@
 r"""Stage 1 of the demo's connector: align on captions, no prompt.
 
-python -m minigpt4_jax.train --config configs/demo_stage1.py --workdir WORK/stage1 \
+minigpt4-jax train --config configs/demo_stage1.py --workdir WORK/stage1 \
     --config.data.photos.path=DIR/train --config.val=DIR/val --config.init=WORK/warmup
 
 Two cores of a server CPU, 24 minutes beside other work: 2.720 nats a token on val.

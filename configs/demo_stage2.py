@@ -1,6 +1,6 @@
 r"""Stage 2 of the demo's connector: answer questions in the chat's own words.
 
-python -m minigpt4_jax.train --config configs/demo_stage2.py --workdir WORK/stage2 \
+minigpt4-jax train --config configs/demo_stage2.py --workdir WORK/stage2 \
     --config.data.photos.path=DIR/train --config.val=DIR/val --config.init=WORK/stage1
 
 Two cores of a server CPU, 42 minutes beside other work: 2.620 nats a token on val.

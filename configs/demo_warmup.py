@@ -1,6 +1,6 @@
 r"""Warm start of the demo's connector: name the words of the captions, no decoder.
 
-python -m minigpt4_jax.train --config configs/demo_warmup.py --workdir WORK/warmup \
+minigpt4-jax train --config configs/demo_warmup.py --workdir WORK/warmup \
     --config.data.photos.path=DIR/train --config.val=DIR/val
 
 Two cores of a server CPU as two devices (JAX_NUM_CPU_DEVICES=2), 7 minutes: 43.06 nats

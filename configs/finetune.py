@@ -1,10 +1,10 @@
 r"""Teach the projector your own photos: a folder, a CSV or JSONL list, or tar shards.
 
-python -m minigpt4_jax.train --config configs/finetune.py --workdir WORK/own \
+minigpt4-jax train --config configs/finetune.py --workdir WORK/own \
     --config.checkpoint=demo --config.init=demo --config.data.own.path=PHOTOS
 
 A folder has a KEY.txt or KEY.json beside each photo; a list has columns, or keys, image
-and caption; `python -m minigpt4_jax.data check PHOTOS` says what is read and left out.
+and caption; `minigpt4-jax data check PHOTOS` says what is read and left out.
 Minutes on any machine that can talk with the model: photos pass the frozen towers once.
 Not measured: how long to train depends on how much there is to learn from.
 """

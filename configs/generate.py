@@ -1,6 +1,6 @@
 r"""Answering about many photos; greedy, so that a rerun gives the same words.
 
-python -m minigpt4_jax.generate --checkpoint demo --images FOLDER --out answers.jsonl \
+minigpt4-jax generate --checkpoint demo --images FOLDER --out answers.jsonl \
     --config configs/generate.py --config.max_tokens=200
 """
 

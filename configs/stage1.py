@@ -1,6 +1,6 @@
 r"""Stage 1 of MiniGPT-4: align the projector on captions, no prompt.
 
-python -m minigpt4_jax.train --config configs/stage1.py --workdir WORK/stage1 \
+minigpt4-jax train --config configs/stage1.py --workdir WORK/stage1 \
     --config.data.laion.path=LAION --config.data.cc_sbu.path=CC_SBU
 
 The numbers of the reference's train_configs/minigpt4{,_llama2}_stage1_pretrain.yaml,

@@ -1,6 +1,6 @@
 r"""Stage 2 of MiniGPT-4: describe in detail, in the chat's own words.
 
-python -m minigpt4_jax.train --config configs/stage2.py --workdir WORK/stage2 \
+minigpt4-jax train --config configs/stage2.py --workdir WORK/stage2 \
     --config.data.cc_sbu_align.path=CC_SBU_ALIGN --config.init=WORK/stage1
 
 The numbers of the reference's train_configs/minigpt4{,_llama2}_stage2_finetune.yaml,

@@ -66,9 +66,9 @@ FRESH = {
     "descriptions": "no model.ckpt: here stage 2 wants a projector from --config.init",
 }
 
-TRAIN_HELP = "python -m minigpt4_jax.train --config THIS --workdir DIR"
+TRAIN_HELP = "minigpt4-jax train --config THIS --workdir DIR"
 EVAL_HELP = (
-    "python -m minigpt4_jax.generate --checkpoint {} --images FOLDER \\\n"
+    "minigpt4-jax generate --checkpoint {} --images FOLDER \\\n"
     "    --out answers.jsonl --config THIS"
 )
 

@@ -37,6 +37,7 @@ class Chat:
         self._compat = compat
         self._system = [] if system is None else [Message("system", system)]
         self.messages: list[Message] = []
+        self._under_way = ""
         self.reset()
 
     def ask(self, text: str, image: Images = None) -> str:
@@ -50,7 +51,8 @@ class Chat:
     def events(self, text: str, image: Images = None) -> Iterator[Event]:
         """The answer as events; what was said when the caller stops is remembered.
 
-        A turn that fails leaves the conversation as it was.
+        A turn that fails, or is stopped before its first word, leaves the conversation
+        as it was.
         """
         seen = [read_image(source) for source in images(image)]
         turn = user(text, *seen)
@@ -63,13 +65,23 @@ class Chat:
             compat=self._compat,
         )
         said: list[str] = []
+        self._under_way = request.id
         try:
             for event in self.generator.submit([request]):
-                said = [] if event.error else [*said, event.piece]
+                nothing = event.finish_reason == "cancelled" and not any(said)
+                said = [] if event.error or nothing else [*said, event.piece]
                 yield event
         finally:
+            self._under_way = ""
             if said:
                 self.messages += [turn, Message("assistant", "".join(said))]
+
+    def stop(self) -> None:
+        """End the answer under way, within a chunk; its last event says "cancelled".
+
+        From any thread, or a signal handler.
+        """
+        self.generator.cancel(self._under_way)
 
     def reset(self) -> None:
         """Forget all turns and images, but not the system message."""

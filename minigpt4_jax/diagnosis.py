@@ -82,7 +82,7 @@ def diagnose(
                 f"step {step}: the answers do not depend on the image: the validation "
                 f"loss is {val_loss:.4f}, and {val_loss_exchanged:.4f} ({share:+.1%}) "
                 "with images exchanged. Likely causes: captions stand beside the wrong "
-                "images (python -m minigpt4_jax.data check shows pairs), config.trainable "
+                "images (minigpt4-jax data check shows pairs), config.trainable "
                 "lacks the projector, the learning rate is too small or the run too "
                 "young to have moved it, or the captions could be of any image"
             )

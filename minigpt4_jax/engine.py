@@ -100,7 +100,7 @@ class Engine:
             self.empty,
             prefix_bytes=prefix_bytes,
         )
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while it is held
         self._schedules: set[Schedule] = set()
 
     def prepare(self, request: Request) -> Prepared:
@@ -184,10 +184,10 @@ class Engine:
             schedule.add(request, began)
 
     def cancel(self, request_id: str) -> None:
-        """End a request that `submit` took, before the next chunk; from any thread.
+        """End a request that `submit` took, before the next chunk.
 
-        Its rows give a last event with finish_reason "cancelled". An unknown id, or one
-        that has ended, is ignored.
+        From any thread, or a signal handler. Its rows give a last event with
+        finish_reason "cancelled". An unknown id, or one that has ended, is ignored.
         """
         with self._lock:
             for schedule in self._schedules:

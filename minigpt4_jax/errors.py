@@ -3,7 +3,8 @@
 Exit codes of every command:
 
     0    done
-    1    the system refused (file not writable, disk full), or a bug, with traceback
+    1    the system refused (file not writable, disk full), a plan does not fit, or a bug,
+         with its traceback
     2    InputError: a flag, an image or a prompt is wrong
     3    ConfigError: a preset or a knob of a config is wrong
     4    CheckpointError: a model directory or a checkpoint cannot be used
@@ -70,6 +71,7 @@ def run(
     main: Callable[[list[str]], int | None],
     argv: Sequence[str] | None = None,
     define: Callable[[], None] | None = None,
+    page: str = "",
 ) -> NoReturn:
     """Parse absl flags, call `main` with what is left of argv, and exit.
 
@@ -82,11 +84,16 @@ def run(
         argv: program name and arguments; default `sys.argv`.
         define: defines the flags; for a config with a default file, which reads argv
             as soon as it is defined.
+        page: what --help prints; without it, absl's list of flags.
     """
     argv = list(sys.argv if argv is None else argv)
     _log_to_stderr()
     try:
-        code = main(_parse(argv, define)) or 0
+        if page and _asks_for_help(argv):
+            print(page)
+            code = 0
+        else:
+            code = main(_parse(argv, define)) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # `... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit complains
@@ -111,6 +118,11 @@ def say(error: BaseException, argv: Sequence[str]) -> int:
     return code
 
 
+def _asks_for_help(argv: list[str]) -> bool:
+    words = argv[1 : argv.index("--") if "--" in argv else None]
+    return any(word in ("--help", "-help", "-h") for word in words)
+
+
 def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
     """Parse flags, those of ml_collections included; return the positional arguments."""
     from absl import app, flags  # here: a library user needs no flags
@@ -118,6 +130,7 @@ def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
     app.define_help_flags()
     if "debug" not in flags.FLAGS:
         flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
+    others = set(flags.FLAGS) if define else set()
     before, sys.argv = sys.argv, argv  # config_flags looks for --config.x in sys.argv
     try:
         if define is not None:
@@ -126,6 +139,11 @@ def _parse(argv: list[str], define: Callable[[], None] | None) -> list[str]:
         for name in flags.FLAGS:  # a config file that did not load raises when touched
             getattr(flags.FLAGS[name].value, "lock", None)
         return rest
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname.partition(".")[0]  # of --confg.batch_size
+        known = [f"--{flag}" for flag in set(flags.FLAGS) - others | {"debug"}]
+        sentence = unknown("flag", f"--{name}", known)
+        raise InputError(f"{sentence} (--help tells what they do)") from error
     except flags.Error as error:
         raise InputError(f"{error} (--help lists the flags)") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

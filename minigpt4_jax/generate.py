@@ -1,7 +1,4 @@
-r"""Answer about many images: python -m minigpt4_jax.generate --images PATH --out FILE.
-
-    python -m minigpt4_jax.generate --checkpoint demo --images FOLDER|FILE|LIST.jsonl \
-        --prompt "Describe this image in one sentence." --out answers.jsonl
+"""Answer about many images: minigpt4-jax generate --images PATH --out FILE.
 
 Writes one JSON object a line, as answers are ready: `image`, `prompt`, `answer`,
 `finish_reason`; for an image that cannot be read `image`, `prompt`, `error`. The same
@@ -19,11 +16,12 @@ from pathlib import Path
 
 import tqdm
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from minigpt4_jax import errors
 from minigpt4_jax.data.sources import ImageRecord, list_images
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.pages import GENERATE
 from minigpt4_jax.request import Request, Sampling, user
 
 logger = logging.getLogger(__name__)
@@ -177,31 +175,8 @@ def _take(counts: Counter, key: tuple[str, str]) -> bool:
     return counts[key] >= 0
 
 
-def define_flags() -> None:
-    """Flags of this command; not at import, where two commands' names would collide."""
-    flags.DEFINE_string("checkpoint", "demo", "a converted model or a training run")
-    flags.DEFINE_string("images", None, "a folder, an image, or a LIST.jsonl")
-    flags.DEFINE_string(
-        "prompt",
-        "Describe this image in one sentence.",
-        "what to ask; a line of LIST.jsonl may ask something else",
-    )
-    flags.DEFINE_string("out", None, "where the answers go, one JSON object a line")
-    define_config("generate")
-
-
-def define_config(name: str) -> None:
-    """--config FILE, with the clone's configs/NAME.py as default."""
-    clone = Path(__file__).parent.parent / "configs" / f"{name}.py"
-    config_flags.DEFINE_config_file(
-        "config",
-        str(clone) if clone.exists() else None,
-        f"knobs, as in configs/{name}.py",
-    )
-
-
 def given_config(name: str) -> ConfigDict:
-    """What `define_config` found; an install without its clone has no default."""
+    """--config of a command; an install without its clone has no default."""
     if flags.FLAGS.config is None:
         raise errors.InputError(
             f"{name} needs --config FILE where the package is installed alone; a copy "
@@ -211,4 +186,4 @@ def given_config(name: str) -> ConfigDict:
 
 
 if __name__ == "__main__":
-    errors.run(main, define=define_flags)
+    GENERATE.run(main)

@@ -223,7 +223,10 @@ class Generator:
             yield from self.engine.submit(requests)
 
     def cancel(self, request_id: str) -> None:
-        """End a request that was submitted, within a chunk; from any thread."""
+        """End a request that was submitted, within a chunk.
+
+        From any thread, or a signal handler.
+        """
         self.engine.cancel(request_id)
 
     def warm_up(

@@ -1,4 +1,4 @@
-"""Plan a run before it costs anything: python -m minigpt4_jax.plan --config FILE ...
+"""Plan a run before it costs anything: minigpt4-jax plan --config FILE ...
 
     --topology v5e:16x16 [--mesh fsdp=16,tensor=16]   the step, compiled for this slice
     --topology local                                  or for the devices at hand
@@ -21,12 +21,10 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from minigpt4_jax import (
     checkpoint,
     chips,
-    errors,
     flops,
     formula,
     hlo,
@@ -40,6 +38,7 @@ from minigpt4_jax.chips import GIB, Slice
 from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.generator import default_dtypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
+from minigpt4_jax.pages import PLAN
 from minigpt4_jax.projection import Lengths, Projection
 
 logger = logging.getLogger(__name__)
@@ -54,20 +53,6 @@ PRESETS = {  # of the names that configs/ calls converted directories by
 SIZES = (4, 8, 16, 32, 64, 128, 256)  # chips of the table's slices
 SHOWN = 20  # rows of the table
 ROWS, PLACES = 8, 1024  # of --mode generate
-
-
-def define_flags() -> None:
-    """The flags of `plan`."""
-    config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    flags.DEFINE_string("topology", None, "as v5e:16x16, 2*v5p:4x4x4, or local")
-    flags.DEFINE_string("mesh", None, "as fsdp=16,tensor=16; default: the config's")
-    flags.DEFINE_string("preset", None, "model, where the checkpoint's name is no hint")
-    flags.DEFINE_enum("mode", "train", ["train", "generate"], "what to plan")
-    flags.DEFINE_integer("compile", 0, "how many rows of the table to compile")
-    flags.DEFINE_float("price", None, "of a chip and hour, in any currency")
-    flags.DEFINE_integer("prompt_tokens", None, "mean of an example, image included")
-    flags.DEFINE_integer("answer_tokens", None, "mean of an example's answer")
-    flags.DEFINE_bool("json", False, "print JSON")
 
 
 def main(argv: list[str]) -> int:
@@ -355,4 +340,4 @@ def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) 
 
 
 if __name__ == "__main__":
-    errors.run(main, define=define_flags)
+    PLAN.run(main)

@@ -1,4 +1,4 @@
-"""One page about a training run: python -m minigpt4_jax.report WORKDIR [--out FILE].
+"""One page about a training run: minigpt4-jax report WORKDIR [--out FILE].
 
 Curves, sample answers beside their photos, and settings, in one HTML file that loads
 nothing from elsewhere. Works on runs in progress.
@@ -22,6 +22,7 @@ from absl import flags
 from minigpt4_jax import errors, locate
 from minigpt4_jax.curves import Series, chart, number, smooth
 from minigpt4_jax.diagnosis import AFTER, diagnose
+from minigpt4_jax.pages import REPORT
 from minigpt4_jax.run_config import flat
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def page(workdir: Path, now: float | None = None) -> str:
 {answers(samples, photos)}
 {settings(run)}
 </main>
-<footer>Written {date(now)} by <code>python -m minigpt4_jax.report {text(workdir)}</code>;
+<footer>Written {date(now)} by <code>minigpt4-jax report {text(workdir)}</code>;
 the same command again takes in what is new.</footer>
 </body>
 </html>
@@ -344,11 +345,6 @@ def date(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
-def define_flags() -> None:
-    """Flags of this command."""
-    flags.DEFINE_string("out", None, "the page (default: WORKDIR/report.html)")
-
-
 def _class(name: str) -> str:
     """A class for a photo's file: its name may hold what CSS would read otherwise."""
     return "p" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:16]
@@ -370,4 +366,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main, define=define_flags)
+    REPORT.run(main)

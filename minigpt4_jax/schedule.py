@@ -70,7 +70,7 @@ class Schedule:
         self.search: Iterator[list[Event]] | None = None
         self.reading: deque[Row] = deque()
         self._cancelled: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while it is held
 
     @property
     def running(self) -> list[Row]:
@@ -90,7 +90,10 @@ class Schedule:
         self.waiting += rows[:1] if rows[0].searched else rows
 
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step; an unknown one is ignored."""
+        """End a request before the next step; an unknown one is ignored.
+
+        From any thread, or a signal handler.
+        """
         with self._lock:
             self._cancelled.add(request_id)
 

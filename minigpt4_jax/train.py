@@ -1,4 +1,4 @@
-"""Train the connector: python -m minigpt4_jax.train --config FILE --workdir DIR.
+"""Train the connector: minigpt4-jax train --config FILE --workdir DIR.
 
 What the work directory gets is in workdir.py. The same command, or --workdir alone,
 resumes. SIGTERM saves first and exits with code 143.
@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from minigpt4_jax import (
     checkpoint,
@@ -31,6 +30,7 @@ from minigpt4_jax.generator import default_dtypes
 from minigpt4_jax.guard import Guard
 from minigpt4_jax.looks import Looks
 from minigpt4_jax.models.quantised import Quantisation
+from minigpt4_jax.pages import TRAIN
 from minigpt4_jax.progress import Bar, Board, Meter
 from minigpt4_jax.step import Trainables, make_step, new_state
 from minigpt4_jax.stream import Stream
@@ -40,25 +40,23 @@ from minigpt4_jax.workdir import WorkDir, saved_config
 
 logger = logging.getLogger(__name__)
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-WORKDIR = flags.DEFINE_string("workdir", None, "where checkpoints and logs go")
-
 TERMINATED = 128 + signal.SIGTERM  # exit code of a run that has more to do
 
 
 def main(argv: list[str]) -> int:
     """Read the flags and train; returns the exit code."""
+    args = flags.FLAGS
     if argv[1:]:
         raise errors.InputError(f"train takes flags only, got {argv[1]!r}")
-    if not WORKDIR.value:
+    if not args.workdir:
         raise errors.InputError("train needs --workdir, and --config to begin")
-    if "://" in WORKDIR.value:  # as a path it would be a folder of that name here
+    if "://" in args.workdir:  # as a path it would be a folder of that name here
         raise errors.InputError(
-            f"--workdir: training writes files, got {WORKDIR.value}; mount the bucket "
+            f"--workdir: training writes files, got {args.workdir}; mount the bucket "
             "(gcsfuse) and name the mount"
         )
-    workdir = Path(WORKDIR.value).expanduser()
-    cfg = CONFIG.value or saved_config(workdir)
+    workdir = Path(args.workdir).expanduser()
+    cfg = args.config or saved_config(workdir)
     run_config.check(cfg)  # its limits, before they are used
     team = cluster.start(cfg.watchdog.start_s, cfg.watchdog.limit_s)
     finished = train(cfg, workdir, team=team)
@@ -225,4 +223,4 @@ def terminated() -> Iterator[Callable[[int], bool]]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    TRAIN.run(main)

@@ -81,3 +81,34 @@ def test_what_was_said_before_an_interruption_is_remembered(gen):
     piece = next(stream)
     stream.close()
     assert [m.text for m in chat.messages] == ["Hm?", piece]
+
+
+def test_a_stopped_answer_frees_the_model_and_is_remembered(gen):
+    chat = gen.chat(
+        sampling=dataclasses.replace(GREEDY, max_tokens=200, min_tokens=200)
+    )
+    said, last = [], None
+    for event in chat.events("Hm?", tiny.image()):
+        said.append(event.piece)
+        last = event
+        if len(said) == 2:
+            chat.stop()
+    assert last.finish_reason == "cancelled" and last.usage.answer_tokens < 10
+    assert [m.text for m in chat.messages] == ["Hm?", "".join(said)]
+    chat.stop()  # nothing is under way: nothing happens
+    assert len(chat.ask("And?")) > 0
+
+
+def test_an_answer_stopped_before_its_first_word_leaves_the_chat_as_it_was(
+    gen, monkeypatch
+):
+    chat = gen.chat(sampling=SHORT)
+    prepare = gen.engine.prepare
+
+    def stopped(request):
+        chat.stop()
+        return prepare(request)
+
+    monkeypatch.setattr(gen.engine, "prepare", stopped)
+    (event,) = chat.events("Hm?", tiny.image())
+    assert event.finish_reason == "cancelled" and chat.messages == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import pytest
@@ -42,6 +43,22 @@ def test_the_image_changes_the_answer_and_none_is_needed(gen):
 def test_an_unreadable_image_raises(gen, tmp_path):
     with pytest.raises(InputError, match="gone.jpg"):
         gen("Hm?", tmp_path / "gone.jpg")
+
+
+def test_a_signal_may_cancel_while_the_engine_holds_its_locks(gen):
+    schedule = gen.engine.schedule()
+
+    def cancel():
+        """As a handler does, in the thread that it came in upon."""
+        with gen.engine._lock, schedule._lock:
+            gen.engine._schedules.add(schedule)
+            gen.cancel("x")
+            gen.engine._schedules.discard(schedule)
+
+    thread = threading.Thread(target=cancel, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and schedule._cancelled == {"x"}
 
 
 def test_loading_a_converted_directory_gives_the_same_answers(gen, tmp_path):

@@ -113,6 +113,12 @@ def test_what_ships_is_small(wheel):
     assert demo <= 25 * MEGABYTE
 
 
+def test_the_wheel_brings_the_command(wheel):
+    (name,) = (n for n in wheel.namelist() if n.endswith("/entry_points.txt"))
+    lines = wheel.read(name).decode().split("\n")
+    assert lines[:2] == ["[console_scripts]", "minigpt4-jax = minigpt4_jax.cli:main"]
+
+
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_without_its_clone_a_command_asks_for_the_config(wheel, tmp_path, command):
     wheel.extractall(tmp_path)

@@ -1,15 +1,4 @@
-"""python -m minigpt4_jax.data COMMAND: look at a data set, get one, write one.
-
-check PATH [--sheet FILE.jpg] [--decode] [--checkpoint MODEL]
-    what is there: counts, sizes, captions, what was left out; a contact sheet. --decode
-    tries every image, not a sample; --checkpoint counts tokens as that model does
-urls ANNOTATIONS.json --out DIR
-    a published list of {"url", "caption"} as img2dataset's input, and its command
-build PATH --out DIR
-    a data set as ArrayRecord, by the builders for tensorflow-datasets (data extra)
-
-PATH is whatever training takes: tars, cc_sbu_align, a .csv, .tsv or .jsonl, a folder.
-"""
+"""What `minigpt4-jax data` does: looks at a data set, gets one, writes one."""
 
 import shlex
 import sys
@@ -17,15 +6,15 @@ from pathlib import Path
 
 from absl import flags
 
-from minigpt4_jax import errors, locate
+from minigpt4_jax import cli, errors, locate
 from minigpt4_jax.data import check, urls
 from minigpt4_jax.data.sources import BUDGET, open_data
 from minigpt4_jax.data.tokens import load_tokenizer
 
 
-def check_data(path: str) -> None:
+def check_data(argv: list[str]) -> None:
     """`data check`: the report first, then what training would refuse."""
-    args = flags.FLAGS
+    args, path = flags.FLAGS, _path(argv)
     if args.sheet:
         check.check_sheet(Path(args.sheet))  # before hours of scanning
     examples = open_data(path, budget=1)
@@ -44,10 +33,10 @@ def check_data(path: str) -> None:
     examples.check(BUDGET)
 
 
-def list_urls(annotations: str) -> None:
+def list_urls(argv: list[str]) -> None:
     """`data urls`: what was written as comments, and the command to run."""
-    out = Path(_out())
-    count, left_out = urls.convert(Path(annotations), out)
+    annotations, out = Path(_path(argv)), Path(_out())
+    count, left_out = urls.convert(annotations, out)
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
     print(f"# {count:,} rows in {out / 'urls'}; left out: {reasons or 'nothing'}")
     for line in urls.NOTES.splitlines():
@@ -55,10 +44,11 @@ def list_urls(annotations: str) -> None:
     print(shlex.join(urls.command(out)))
 
 
-def build_records(path: str) -> None:
+def build_records(argv: list[str]) -> None:
     """`data build`: which of the two builders, by what the folder holds."""
     from minigpt4_jax.data import builders  # it needs the data extra, others do not
 
+    path = _path(argv)
     second = (Path(path) / "filter_cap.json").is_file()
     kind = builders.CcSbuAlign if second else builders.CaptionedImages
     out = Path(_out())
@@ -67,35 +57,16 @@ def build_records(path: str) -> None:
     print(f"{len(written):,} examples in {out}; train on it as on any data set")
 
 
-COMMANDS = {"build": build_records, "check": check_data, "urls": list_urls}
-
-
 def main() -> None:
-    """Run the command that the first argument names."""
-    name, *rest = sys.argv[1:] or [""]
-    if name in ("", "help", "--help", "-h"):
-        print(__doc__.strip())
-        return
-    if name not in COMMANDS:
-        print(errors.unknown("command", name, COMMANDS), file=sys.stderr)
-        sys.exit(errors.InputError.exit_code)
-
-    def run(argv: list[str]) -> None:
-        if len(argv) != 2:
-            raise errors.InputError(f"data {name} takes one path, got {len(argv) - 1}")
-        COMMANDS[name](argv[1])
-
-    errors.run(run, [sys.argv[0], *rest], lambda: define_flags(name))
+    """The commands of `minigpt4-jax data`."""
+    cli.main(["data", *sys.argv[1:]])
 
 
-def define_flags(name: str) -> None:
-    """The flags of one command."""
-    if name == "check":
-        flags.DEFINE_string("sheet", None, "a contact sheet: .jpg, .png or .webp")
-        flags.DEFINE_bool("decode", False, "try every image, not a sample")
-        flags.DEFINE_string("checkpoint", None, "count tokens as this model does")
-    else:
-        flags.DEFINE_string("out", None, "a folder to write; it must not exist yet")
+def _path(argv: list[str]) -> str:
+    command, *paths = argv
+    if len(paths) != 1:
+        raise errors.InputError(f"{command} takes one path, got {len(paths)}")
+    return paths[0]
 
 
 def _out() -> str:

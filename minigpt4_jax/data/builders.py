@@ -39,7 +39,7 @@ class CaptionedImages(tfds.core.ShardBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "manual_dir is any data set of minigpt4_jax.data.sources.open_data; stage 1's "
-        "tars come from `python -m minigpt4_jax.data urls` and img2dataset."
+        "tars come from `minigpt4-jax data urls` and img2dataset."
     )
     DESCRIPTION = "Captioned images, as MiniGPT-4's first stage learns from."
     # Where checksums of downloads lie: there are none. tensorflow-datasets looks for it

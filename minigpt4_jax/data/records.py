@@ -62,7 +62,7 @@ def open_records(
     if NEEDED - set(_features(path)):
         raise DataError(
             f"{path}: got the features {sorted(_features(path))}; want one with "
-            f"{sorted(NEEDED)}, as `python -m minigpt4_jax.data build` writes"
+            f"{sorted(NEEDED)}, as `minigpt4-jax data build` writes"
         )
     files = _files(path)
     sizes = [(path / name).stat().st_size for name in files]
@@ -128,7 +128,7 @@ def _features(folder: Path) -> tfds.features.FeaturesDict:
     except Exception as error:
         raise DataError(
             f"{folder}: .array_record files without a readable features.json ({error}); "
-            "want a folder as `python -m minigpt4_jax.data build` writes it"
+            "want a folder as `minigpt4-jax data build` writes it"
         ) from error
 
 
