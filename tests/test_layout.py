@@ -170,6 +170,11 @@ ROOMS = (
         r"minigpt4_jax\.(checkpoint|engine|locate|memory|reading|score)",
     ),
     (
+        r"minigpt4_jax/gaze",
+        {*NET, "numpy", "PIL"},
+        rf"{ERRORS}|{MODELS}|{DATA}",
+    ),
+    (
         r"minigpt4_jax/loop",
         set(),
         rf"{ERRORS}|{REQUEST}|minigpt4_jax|minigpt4_jax\.(generator|memory|reading)",
