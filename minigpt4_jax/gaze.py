@@ -4,6 +4,9 @@ gaze = Gaze(Generator.load("demo").model)
 picture_HWC = gaze.picture("photo.jpg")
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import nnx
@@ -41,15 +44,7 @@ class Gaze:
             model.qformer,
         )  # the decoder is not needed
         graphdef, self._weights = nnx.split(seeing)
-
-        @jax.jit
-        def look(weights, pixels_BHWC):
-            vit, ln_vision, qformer = nnx.merge(graphdef, weights)
-            capture = Capture(MAPS)
-            qformer(ln_vision(vit(pixels_BHWC)), capture)
-            return capture.values[MAPS]
-
-        self._look = look
+        self._look = _program(graphdef)
 
     def maps(self, pixels_BHWC) -> np.ndarray:
         """Probabilities maps_LBNQP; L counts the layers that look at the image."""
@@ -70,6 +65,20 @@ class Gaze:
         image_HWC = read_image(image)
         grid_LYX, _ = self.layers(image_HWC)
         return light(image_HWC, grid_LYX.mean(0), _fitted(image_HWC, long_side))
+
+
+@functools.lru_cache(maxsize=8)
+def _program(graphdef: nnx.GraphDef) -> Callable:
+    """(weights, pixels_BHWC) -> maps_LBNQP, for all models of this structure."""
+
+    @jax.jit
+    def look(weights, pixels_BHWC):
+        vit, ln_vision, qformer = nnx.merge(graphdef, weights)
+        capture = Capture(MAPS)
+        qformer(ln_vision(vit(pixels_BHWC)), capture)
+        return capture.values[MAPS]
+
+    return look
 
 
 def light(image_HWC, grid_YX, size: tuple[int, int]) -> np.ndarray:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
             "pip install 'minigpt4-jax[serve]'"
         ) from error
     began = time.perf_counter()
-    generator = Generator.load(args.checkpoint, chunk=4)
+    generator = Generator.load(args.checkpoint, chunk=site.CHUNK)
     site.warm_up(generator)
     logger.info("Model ready after %.1f s.", time.perf_counter() - began)
     if args.host not in ("127.0.0.1", "localhost") and auth is None:

@@ -29,7 +29,6 @@ GOING = dict(submit_btn=False, stop_btn=True)
 
 Shown = tuple[object, object, Conversation]
 
-
 class Desk:
     """The handlers of one page for all of its sessions.
 
@@ -191,7 +190,6 @@ class Desk:
     def _show(self, conversation: Conversation, box: object) -> Shown:
         return conversation.shown()[0], box, conversation
 
-
 def _sampling(beams, temperature, max_tokens, top_p, penalty, _) -> Sampling:
     return Sampling(
         num_beams=beams,
@@ -201,10 +199,8 @@ def _sampling(beams, temperature, max_tokens, top_p, penalty, _) -> Sampling:
         repetition_penalty=penalty,
     )
 
-
 def _session(request: gr.Request) -> str:
     return request.session_hash or uuid.uuid4().hex
-
 
 def _turn(conversation: Conversation, index: int | tuple | list) -> int:
     """The turn of a message that the page numbers."""
@@ -212,7 +208,6 @@ def _turn(conversation: Conversation, index: int | tuple | list) -> int:
         index = index[0]
     turns = conversation.shown()[1]
     return turns[index] if 0 <= index < len(turns) else -1
-
 
 def _text(value: object) -> str:
     """What was typed, as it is or in the parts of a message."""
@@ -222,7 +217,6 @@ def _text(value: object) -> str:
         return str(value.get("text", ""))
     return str(value)
 
-
 def _sentence(error: Exception) -> str:
     """What a person reads; files of this machine have no names here."""
     text = str(error)
@@ -231,8 +225,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ClosedError):
         return "The model has stopped. Whoever runs this page has to start it again."
     return text[:1].upper() + text[1:]
-
-from gradio.events import Dependency
 
 class PhotoInput(gr.Image):
     """An image that arrives as the file that was uploaded, unread.
@@ -245,8 +237,11 @@ class PhotoInput(gr.Image):
 
     def preprocess(self, payload) -> str | None:
         return None if payload is None or not payload.path else str(Path(payload.path))
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

@@ -6,20 +6,24 @@ import tempfile
 import threading
 from pathlib import Path
 
+import numpy as np
 from starlette.middleware import Middleware
 
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.gaze import Gaze
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.loop import Server
+from minigpt4_jax.request import Request, Sampling, user
 from minigpt4_jax.serving import layout
 from minigpt4_jax.serving.desk import Desk
-from minigpt4_jax.serving.guard import Guard
+from minigpt4_jax.serving.gate import Gate
 from minigpt4_jax.serving.photos import FOLDER, Album
 from minigpt4_jax.serving.talks import Talks
 
 UPLOAD = 20 * 2**20  # bytes of a photo
 CONCURRENCY = 32  # answers streamed at once; the model decodes some and the rest wait
+CONTEXT = 2048  # tokens of a conversation that is ready when the page opens
+CHUNK = 4  # tokens between two pieces on the page
 SESSIONS = 1000  # kept in memory, those used last
 
 
@@ -88,7 +92,7 @@ class Site:
             # Given, so that no variable of the environment opens more than this.
             allowed_paths=[str(FOLDER)],
             root_path=os.environ.get("GRADIO_ROOT_PATH", ""),
-            app_kwargs={"middleware": [Middleware(Guard)]},
+            app_kwargs={"middleware": [Middleware(Gate)]},
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
@@ -118,9 +122,23 @@ class Site:
         self.close()
 
 
-def warm_up(generator: Generator, tokens: int = 1024) -> None:
+def warm_up(generator: Generator, tokens: int = CONTEXT) -> None:
     """Compile what chats of up to `tokens` tokens need, before anybody asks."""
     generator.warm_up(min(tokens, generator.model.cfg.llama.max_positions))
+    if generator.model.qformer is not None:
+        size = generator.model.cfg.vit.image_size
+        Gaze(generator.model).layers(np.zeros((size, size, 3), np.uint8))
+
+
+def warm_searches(generator: Generator) -> None:
+    """Compile beam searches about one photo with the page's first settings, each width.
+
+    Beside the server, whose own thread would stand still meanwhile.
+    """
+    size = generator.model.cfg.vit.image_size
+    message = user("What is in this photo?", np.zeros((size, size, 3), np.uint8))
+    for beams in range(2, 11):
+        list(generator.submit([Request([message], Sampling(num_beams=beams))]))
 
 
 def _free_port(host: str) -> int:

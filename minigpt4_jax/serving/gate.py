@@ -34,7 +34,7 @@ HEADERS = (
 )
 
 
-class Guard:
+class Gate:
     """An ASGI application around another one."""
 
     def __init__(self, app):
