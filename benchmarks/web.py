@@ -68,22 +68,30 @@ class Tab:
         for values in self.values(name, data, event_data):
             yield shown(values[0])
 
+    def join(self, name: str, data: list, event_data: object = None) -> str:
+        """Put a call into the line; its id."""
+        call = dict(fn_index=self.functions[name], data=data, event_data=event_data)
+        call |= dict(session_hash=self.session, trigger_id=None)
+        answer = self.http.post(f"{API}/queue/join", json=call)
+        return answer.raise_for_status().json()["event_id"]
+
     def values(self, name: str, data: list, event_data: object = None) -> Iterator:
         """All that a handler gives, as it comes; RuntimeError with what it warned of."""
-        call = dict(fn_index=self.functions[name], trigger_id=None, data=data)
-        call |= dict(event_data=event_data, session_hash=self.session)
-        self.http.post(f"{API}/queue/join", json=call).raise_for_status()
+        mine = self.join(name, data, event_data)
         values, warned = None, []
         query = {"session_hash": self.session}
         with self.http.stream("GET", f"{API}/queue/data", params=query) as stream:
             for line in stream.iter_lines():
                 event = json.loads(line[6:]) if line.startswith("data: ") else {}
                 kind, output = event.get("msg"), event.get("output") or {}
-                if kind == "log":
+                if kind == "log":  # of any call of this tab
                     warned.append(event["log"])
+                elif kind in ("unexpected_error", "close_stream"):
+                    break
+                elif event.get("event_id") != mine:
+                    continue
                 elif kind == "process_generating":
-                    new = output["data"]
-                    known = values is not None
+                    known, new = values is not None, output["data"]
                     values = [*map(apply_diff, values, new)] if known else new
                     yield values
                 elif kind == "process_completed":
@@ -91,8 +99,6 @@ class Tab:
                         raise RuntimeError(output.get("error"))
                     if values is None:
                         yield output["data"]
-                    break
-                elif kind in ("unexpected_error", "close_stream"):
                     break
         if warned:
             raise RuntimeError(warned[-1])

@@ -27,7 +27,13 @@ def test_what_the_page_needs_is_open(path):
 @pytest.mark.parametrize(
     "path",
     [
-        *("/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/dev/reload"),
+        *(
+            "/monitoring",
+            "/monitoring/summary",
+            "/docs",
+            "/openapi.json",
+            "/dev/reload",
+        ),
         *("/gradio_api/proxy=https://example.com/x", "/gradio_api/runs", "/svelte/x"),
         *("/gradio_api/file=http://169.254.169.254/latest", "/gradio_api/file=data:,x"),
         *("/gradio_api/file=file:///etc/passwd", "/gradio_api/vibe-edit", "/file=/etc"),

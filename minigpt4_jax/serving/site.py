@@ -38,6 +38,8 @@ class Site:
 
     Attributes:
         url: its address.
+        public_url: that of `share`, else None.
+        folder: where photos lie until it is closed.
         server: what answers.
     """
 
@@ -55,10 +57,11 @@ class Site:
         # A folder for nobody else: uploads of other programs that use Gradio lie in one
         # that all of them would serve.
         self._folder = tempfile.TemporaryDirectory(prefix="minigpt4_jax_web_")
+        self.folder = self._folder.name
         for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
-            os.environ[name] = self._folder.name
+            os.environ[name] = self.folder
         self.server = Server(generator, waiting=2 * CONCURRENCY)
-        album = Album(generator.model.cfg.vit, Path(self._folder.name))
+        album = Album(generator.model.cfg.vit, Path(self.folder))
         self.talks = Talks(self.server)
         context = generator.model.cfg.llama.max_positions
         self.page = layout.page(
