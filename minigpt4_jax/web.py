@@ -5,6 +5,7 @@ otherwise; --auth USER:PASS asks for a password. Needs the extra `serve`.
 """
 
 import logging
+import threading
 import time
 
 from absl import flags
@@ -44,7 +45,14 @@ def main(argv: list[str]) -> None:
     ) as opened:
         print(opened.public_url or opened.url, flush=True)
         logger.info("Ctrl-C ends it.")
-        opened.wait()
+        ended = threading.Event()
+        searches = threading.Thread(target=site.warm_searches, args=(generator, ended))
+        searches.start()
+        try:
+            opened.wait()
+        finally:
+            ended.set()
+            searches.join()
 
 
 def credentials(text: str | None) -> tuple[str, str] | None:

@@ -14,6 +14,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 CSS = ASSETS / "web.css"
 TITLE = "MiniGPT-4 in JAX"
 WARNING = "Answers can be wrong. Nobody should have to rely on them."
+MOST_BEAMS = 10  # as in the reference's demo
 FREE = dict(api_visibility="private", show_progress="hidden")
 
 # Gradio reads ?__theme= once; the class is what it sets.
@@ -175,7 +176,7 @@ def _knobs(max_tokens: int) -> list[gr.components.Component]:
     """The reference's two sliders, and the rest in a fold; with the reference's values."""
     usual = Sampling()
     beams = gr.Slider(
-        *(1, 10),
+        *(1, MOST_BEAMS),
         value=1,
         step=1,
         label="Beams",

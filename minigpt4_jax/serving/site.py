@@ -133,14 +133,16 @@ def warm_up(generator: Generator, tokens: int = CONTEXT) -> None:
         Gaze(generator.model).layers(np.zeros((size, size, 3), np.uint8))
 
 
-def warm_searches(generator: Generator) -> None:
+def warm_searches(generator: Generator, ended: threading.Event) -> None:
     """Compile beam searches about one photo with the page's first settings, each width.
 
-    Beside the server, whose own thread would stand still meanwhile.
+    In a thread beside the server, whose own would stand still meanwhile, until `ended`.
     """
     size = generator.model.cfg.vit.image_size
     message = user("What is in this photo?", np.zeros((size, size, 3), np.uint8))
-    for beams in range(2, 11):
+    for beams in range(2, 1 + layout.MOST_BEAMS):
+        if ended.is_set():
+            return
         list(generator.submit([Request([message], Sampling(num_beams=beams))]))
 
 
