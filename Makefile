@@ -1,7 +1,7 @@
 # make demo [IMAGE=photo.jpg] [PROMPT="What is the dog doing?"]   talk about a photo
 # make web           talk about photos in a browser (http://127.0.0.1:7860)
 # make test          lint, types, then every test that takes under half a minute
-# make test-all      the slow tests too
+# make test-all      the slow tests too (some in a browser: apt-get install chromium chromium-driver)
 # make clean         remove the environment and what tools left
 
 PYTHON ?= python3

@@ -181,6 +181,9 @@ def test_retry_edit_and_undo_go_back_to_their_turn(tab):
     *_, again = tab.press("retry", [None, *SETTINGS], {"index": 4, "value": ["Two?"]})
     assert again[:4] == said[:4] and again[4] == ("user", "Two?")
     assert again[5:] != said[5:]  # another seed, another answer
+    edit = {"index": 1, "value": " ", "previous_value": "One?"}
+    with pytest.raises(RuntimeError, match="Type a question"):
+        list(tab.press("edit", [None, *SETTINGS], edit))
     edit = {"index": 1, "value": "Three?", "previous_value": "One?"}
     *_, edited = tab.press("edit", [None, *SETTINGS], edit)
     assert [t for r, t in edited if r == "user"] == ["<photo>", "Three?"]

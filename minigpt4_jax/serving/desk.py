@@ -147,6 +147,8 @@ class Desk:
 
     def _again(self, conversation, index, text, knobs, request) -> Iterator[Shown]:
         try:
+            if text is not None and not text.strip():
+                raise InputError("Type a question first.")
             with self.talks.turn(_session(request)):  # none is on its way
                 turn = conversation.take_back(_turn(conversation, index))
         except InputError as error:

@@ -237,9 +237,7 @@ class PhotoInput(gr.Image):
 
     def preprocess(self, payload) -> str | None:
         return None if payload is None or not payload.path else str(Path(payload.path))
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
 
     if TYPE_CHECKING:

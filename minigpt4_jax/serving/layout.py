@@ -180,14 +180,14 @@ def _knobs(max_tokens: int) -> list[gr.components.Component]:
         value=1,
         step=1,
         label="Beams",
-        info="Above 1 the answer comes at once, after a search for the likeliest one.",
+        info="Above 1: a search, whose answer comes at once.",
     )
     temperature = gr.Slider(
         *(0.1, 2.0),
         value=usual.temperature,
         step=0.1,
         label="Temperature",
-        info="Low: what is likeliest. High: what is rarer.",
+        info="Low: the likeliest words. High: rarer ones.",
     )
     with gr.Accordion("More settings", open=False):
         tokens = gr.Slider(
