@@ -237,9 +237,10 @@ class PhotoInput(gr.Image):
 
     def preprocess(self, payload) -> str | None:
         return None if payload is None or not payload.path else str(Path(payload.path))
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
-    from gradio.blocks import Block
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
 
+    from gradio.blocks import Block
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
