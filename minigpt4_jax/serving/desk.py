@@ -7,7 +7,6 @@ A handler gets values and gives (messages, box, conversation) for the page: `gr.
 import logging
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -233,16 +232,3 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ClosedError):
         return "The model has stopped. Whoever runs this page has to start it again."
     return text[:1].upper() + text[1:]
-
-
-class PhotoInput(gr.Image):
-    """An image that arrives as the file that was uploaded, unread.
-
-    gr.Image would decode it first, with limits and errors that are not ours.
-    """
-
-    def get_block_name(self) -> str:
-        return "image"  # its part of the page
-
-    def preprocess(self, payload) -> str | None:
-        return None if payload is None or not payload.path else str(Path(payload.path))

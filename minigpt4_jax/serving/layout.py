@@ -7,7 +7,7 @@ import gradio as gr
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.request import Sampling
 from minigpt4_jax.serving.conversation import Conversation
-from minigpt4_jax.serving.desk import Desk, PhotoInput
+from minigpt4_jax.serving.desk import Desk
 from minigpt4_jax.serving.photos import Example
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -112,7 +112,7 @@ def page(desk: Desk, *, card: str, concurrency: int, max_tokens: int) -> gr.Bloc
 
 
 def _photo(samples: list[Example]) -> tuple[gr.Image, gr.Gallery, gr.Markdown]:
-    photo = PhotoInput(
+    photo = gr.Image(
         label="Photo",
         sources=["upload", "webcam", "clipboard"],
         image_mode=None,
@@ -121,7 +121,11 @@ def _photo(samples: list[Example]) -> tuple[gr.Image, gr.Gallery, gr.Markdown]:
         placeholder="Drop a photo here,\npaste one, or click",
         elem_id="photo",
         alt_text="The photo to talk about",
+        type="filepath",
     )
+    # The file as it came: gr.Image would decode it first, with limits and errors that are
+    # not ours. Not in a subclass, beside which Gradio would write a .pyi.
+    photo.preprocess = lambda payload: payload.path if payload else None
     credit = gr.Markdown(elem_id="credit")
     gr.HTML("<p>Or one of these, with a question:</p>", elem_id="or")
     gallery = gr.Gallery(
