@@ -194,11 +194,13 @@ def test_retry_edit_and_undo_go_back_to_their_turn(tab):
 def test_reset_forgets_all_also_in_the_middle_of_an_answer(opened, tab):
     steps = tab.ask("Why?", max_tokens=LONG)
     next(steps)
-    thread = threading.Thread(target=lambda: list(steps))
+    heard: list = []
+    thread = threading.Thread(target=lambda: heard.extend(steps))
     thread.start()
     assert _twin(tab).call("reset", [None])[0] == []
     assert idle_within(opened, 1.0)
     thread.join(timeout=30)
+    assert heard[-1] == []  # the last word of who was interrupted
     *_, fresh = tab.ask("Anew?", max_tokens=3)
     assert [t for r, t in fresh if r == "user"] == ["Anew?"]
 

@@ -175,11 +175,12 @@ class Desk:
                     if event.error is not None:
                         raise InputError(event.error)
                     if turn not in conversation.turns:  # reset meanwhile
-                        return
+                        break
                     turn.answer += event.piece
                     if event.finish_reason:
                         turn.note = note(event.usage, event.finish_reason)
                     yield self._show(conversation, gr.skip())
+            # Also after a reset: the page shows again what a handler gave last.
             yield self._show(conversation, gr.update(**READY))
         except (InputError, BusyError, ClosedError) as error:
             if isinstance(error, ClosedError):
