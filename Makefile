@@ -1,6 +1,7 @@
 # make demo [IMAGE=photo.jpg] [PROMPT="What is the dog doing?"]   talk about a photo
+# make web           talk about photos in a browser (http://127.0.0.1:7860)
 # make test          lint, types, then every test that takes under half a minute
-# make test-all      the slow tests too
+# make test-all      the slow tests too (some in a browser: apt-get install chromium chromium-driver)
 # make clean         remove the environment and what tools left
 
 PYTHON ?= python3
@@ -17,12 +18,16 @@ PROMPT ?=
 export DEMO_IMAGE = $(value IMAGE)
 export DEMO_PROMPT = $(value PROMPT)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo web test test-all lint clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m convert demo
 	@$(BIN)/python -m minigpt4_jax.chat \
 	    $${DEMO_IMAGE:+--image="$$DEMO_IMAGE"} $${DEMO_PROMPT:+--prompt="$$DEMO_PROMPT"}
+
+web: $(VENV)/.web
+	@$(BIN)/python -m convert demo
+	@$(BIN)/python -m minigpt4_jax.web
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=20
@@ -46,6 +51,10 @@ $(VENV)/.demo: setup.py pyproject.toml constraints.txt weights.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PINNED) -e '.[test]'
+	touch $@
+
+$(VENV)/.web: $(VENV)/.demo
+	$(PINNED) -e '.[serve]'
 	touch $@
 
 # libtpu, for the plans that are compiled for pods; needs no TPU.

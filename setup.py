@@ -34,6 +34,9 @@ DEMO = ["gguf>=0.17", "onnx>=1.18"]
 # What the trainer reads data with, and shows its curves.
 TRAIN = ["grain>=0.2.10", "tensorboardX>=2.6"]
 
+# The page in a browser.
+SERVE = ["gradio>=6.31"]
+
 EXTRAS = {
     "demo": DEMO,
     "convert": [
@@ -44,6 +47,8 @@ EXTRAS = {
     "test": [
         *DEMO,
         *TRAIN,
+        *SERVE,
+        "selenium>=4.30",  # drives the browser that looks at the page
         "tensorflow-datasets>=4.9",
         "PyYAML>=6",
         "torch>=2.6",  # what parity is tested against
@@ -58,7 +63,7 @@ EXTRAS = {
     ],
     "train": TRAIN,
     "data": [*TRAIN, "tensorflow-datasets>=4.9"],  # builds and reads ArrayRecord
-    "serve": ["gradio>=6.20"],
+    "serve": SERVE,
     "tpu": ["jax[tpu]>=0.10,<0.13"],  # libtpu: also plans for TPUs that are not there
     "gpu": ["jax[cuda12]>=0.10,<0.13"],
 }

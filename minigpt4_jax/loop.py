@@ -90,6 +90,11 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits, is answered, or still holds slots."""
+        return bool(self._open or self._schedule.busy)
+
     def submit(self, request: Request) -> Stream:
         """Put a request into the line.
 

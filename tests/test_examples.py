@@ -6,7 +6,7 @@ from PIL import Image
 
 from examples import attention_maps, replace_tower
 from minigpt4_jax.models.minigpt4 import MiniGPT4
-from tests.test_minigpt4 import TINY, pixels, prompt
+from tests.test_minigpt4 import TINY, prompt
 
 
 class Loaded:
@@ -28,13 +28,6 @@ def test_attention_maps_are_drawn_beside_the_photo(tmp_path, monkeypatch, capsys
     # Three of the five layers look at the image.
     assert Image.open(out).size == (4 * 224, 224)
     assert capsys.readouterr().out.count("on the class token") == 3
-
-
-def test_layer_maps_and_the_class_tokens_share_make_one():
-    maps_LBNQP = attention_maps.cross_attention(Loaded().model, pixels(TINY))
-    grid_LYX, class_share_L = attention_maps.layer_maps(maps_LBNQP)
-    assert grid_LYX.shape == (3, 5, 5)
-    np.testing.assert_allclose(grid_LYX.sum((1, 2)) + class_share_L, 1, rtol=1e-5)
 
 
 def test_a_convolutional_tower_is_seen_by_the_decoder_and_trains():

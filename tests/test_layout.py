@@ -27,6 +27,7 @@ ERRORS = r"minigpt4_jax\.errors"
 REQUEST = r"minigpt4_jax\.request"
 MODELS = r"minigpt4_jax\.models\.\w+"
 DATA = r"minigpt4_jax\.data\.\w+"
+SERVING = r"minigpt4_jax\.serving(\.\w+)?"
 PACKAGE = r"minigpt4_jax\.[\w.]+"
 
 # File, packages it may import, modules of ours it may import; the first match wins. A
@@ -179,6 +180,11 @@ ROOMS = (
         r"minigpt4_jax\.(checkpoint|conversation|engine|locate|memory|reading|score)",
     ),
     (
+        r"minigpt4_jax/gaze",
+        {*NET, "numpy", "PIL"},
+        rf"{ERRORS}|{MODELS}|{DATA}",
+    ),
+    (
         r"minigpt4_jax/loop",
         set(),
         rf"{ERRORS}|{REQUEST}|minigpt4_jax|minigpt4_jax\.(generator|memory|reading)",
@@ -247,9 +253,23 @@ ROOMS = (
         {"jax", "numpy"},
         r"minigpt4_jax\.(diagnosis|progress|sharding|step|task)",
     ),
+    (r"minigpt4_jax/serving/gate", set(), r""),
+    (r"minigpt4_jax/serving/photos", {"numpy", "PIL"}, r"minigpt4_jax\.data\.images"),
+    (r"minigpt4_jax/serving/turns", set(), rf"{ERRORS}|{REQUEST}|{SERVING}"),
+    (
+        r"minigpt4_jax/serving/talks",
+        set(),
+        rf"{ERRORS}|{REQUEST}|minigpt4_jax\.loop",
+    ),
+    (
+        r"minigpt4_jax/serving/(desk|layout|site)",  # the only ones that know Gradio
+        {"gradio", "numpy", "starlette"},
+        rf"{ERRORS}|{REQUEST}|{SERVING}|minigpt4_jax\.data\.images|"
+        r"minigpt4_jax\.(gaze|generator|loop)",
+    ),
     (r"minigpt4_jax/evaluation/\w+", {"numpy", "absl"}, rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
-        r"minigpt4_jax/(train|plan|generate|chat|report)",  # commands: anything of ours
+        r"minigpt4_jax/(train|plan|generate|chat|report|web)",  # commands: anything of ours
         {"jax", "absl", "ml_collections", "tqdm"},
         PACKAGE,
     ),
@@ -284,6 +304,8 @@ ROOMS = (
             "transformers",
             "llama_cpp",
             "webdataset",
+            "gradio_client",
+            "httpx",
             "absl",
             "ml_collections",
         },

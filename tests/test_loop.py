@@ -51,7 +51,7 @@ def wait_until(holds):
 
 
 def idle(server):
-    return not (server._open or server._schedule.busy)
+    return not server.busy
 
 
 def test_no_answer_of_16_threads_is_lost_or_mixed(gen, server):
@@ -104,7 +104,7 @@ def test_a_stream_that_is_closed_or_forgotten_frees_its_slots(server):
     assert list(stream) == []
     forgotten = server.submit(ask(max_tokens=400, id="forgotten"))
     next(forgotten)
-    assert "forgotten" in server._open
+    assert "forgotten" in server._open and server.busy
     del forgotten
     gc.collect()
     wait_until(lambda: idle(server))

@@ -136,11 +136,13 @@ def test_without_its_clone_a_command_asks_for_the_config(wheel, tmp_path, comman
 
 def test_a_plain_install_needs_what_the_package_imports_and_no_more(wheel):
     needed = imported("minigpt4_jax/**/*.py")
-    train, data = (set(requirements(wheel, extra)) for extra in ("train", "data"))
-    # wandb is used where it is; array_record comes with grain.
-    assert needed - train - data - {"wandb", "array-record"} == set(
-        requirements(wheel, None)
+    train, data, serve = (
+        set(requirements(wheel, extra)) for extra in ("train", "data", "serve")
     )
+    # wandb is used where it is; array_record comes with grain, starlette with gradio.
+    others = {"wandb", "array-record", "starlette"}
+    assert needed - train - data - serve - others == set(requirements(wheel, None))
+    assert serve <= needed & set(requirements(wheel, "test"))
     assert train < data < needed | {"img2dataset"}
     assert data <= set(requirements(wheel, "test"))
 
@@ -205,11 +207,12 @@ def calls(tmp_path):
     python = folder / "bin/python"
     python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" "END" >> "{tmp_path}/calls"\n')
     python.chmod(0o755)
-    (folder / ".demo").touch()
-    os.utime(folder / ".demo", (2**32, 2**32))  # newer than all it depends on
+    for stamp in (".demo", ".web"):
+        (folder / stamp).touch()
+        os.utime(folder / stamp, (2**32, 2**32))  # newer than all it depends on
 
-    def run(*arguments: str) -> list[list[str]]:
-        command = ["make", "demo", f"VENV={folder}", *arguments]
+    def run(*arguments: str, target: str = "demo") -> list[list[str]]:
+        command = ["make", target, f"VENV={folder}", *arguments]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
         notes = (tmp_path / "calls").read_text().split("END\0")[:-1]
         return [note.split("\0")[:-1] for note in notes]
@@ -219,6 +222,13 @@ def calls(tmp_path):
 
 def test_make_demo_converts_and_then_talks(calls):
     assert calls() == [["-m", "convert", "demo"], ["-m", "minigpt4_jax.chat"]]
+
+
+def test_make_web_converts_and_opens_the_page(calls):
+    assert calls(target="web") == [
+        ["-m", "convert", "demo"],
+        ["-m", "minigpt4_jax.web"],
+    ]
 
 
 def test_make_demo_passes_spaces_quotes_and_dollars_as_typed(calls):

@@ -1,0 +1,1 @@
+"""What people and programs outside talk to: HTTP stays in this room."""

@@ -1,0 +1,78 @@
+"""Talk about photos in a browser: python -m minigpt4_jax.web --checkpoint demo.
+
+Listens on this machine alone (http://127.0.0.1:7860) unless --host or --share say
+otherwise; --auth USER:PASS asks for a password. Needs the extra `serve`.
+"""
+
+import logging
+import threading
+import time
+
+from absl import flags
+
+from minigpt4_jax import errors
+from minigpt4_jax.generator import Generator
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags, load the model, open the page until Ctrl-C."""
+    args = flags.FLAGS
+    if argv[1:]:
+        raise errors.InputError(f"web takes flags only, got {argv[1]!r}")
+    auth = credentials(args.auth)
+    try:
+        from minigpt4_jax.serving import site
+    except ModuleNotFoundError as error:
+        raise errors.InputError(
+            f"web needs the extra `serve`, and {error.name} is absent; install it with "
+            "pip install 'minigpt4-jax[serve]'"
+        ) from error
+    began = time.perf_counter()
+    generator = Generator.load(args.checkpoint, chunk=site.CHUNK)
+    site.warm_up(generator)
+    logger.info("Model ready after %.1f s.", time.perf_counter() - began)
+    if args.host not in ("127.0.0.1", "localhost") and auth is None:
+        logger.warning("Anybody who reaches %s may ask; --auth=USER:PASS", args.host)
+    with site.Site(
+        generator,
+        checkpoint=args.checkpoint,
+        host=args.host,
+        port=args.port,
+        auth=auth,
+        share=args.share,
+    ) as opened:
+        print(opened.public_url or opened.url, flush=True)
+        logger.info("Ctrl-C ends it.")
+        ended = threading.Event()
+        searches = threading.Thread(target=site.warm_searches, args=(generator, ended))
+        searches.start()
+        try:
+            opened.wait()
+        finally:
+            ended.set()
+            searches.join()
+
+
+def credentials(text: str | None) -> tuple[str, str] | None:
+    """(user, password) of USER:PASS; the password may have colons."""
+    if text is None:
+        return None
+    user, colon, password = text.partition(":")
+    if not user or not password:
+        raise errors.InputError("--auth: want USER:PASS, neither of them empty")
+    return user, password
+
+
+def define_flags() -> None:
+    """Flags of this command; not at import, where two commands' names would collide."""
+    flags.DEFINE_string("checkpoint", "demo", "a converted model or a training run")
+    flags.DEFINE_string("host", "127.0.0.1", "where it listens; 0.0.0.0: everywhere")
+    flags.DEFINE_integer("port", 7860, "of the address; 0: any that is free", 0, 65535)
+    flags.DEFINE_string("auth", None, "USER:PASS, asked of whoever opens the page")
+    flags.DEFINE_bool("share", False, "also open a public address of Gradio's")
+
+
+if __name__ == "__main__":
+    errors.run(main, define=define_flags)
