@@ -192,6 +192,45 @@ GENERATE = Page(
         '    --prompt "How many people are there?" --config.max_tokens=20',
     ),
 )
+WEB = Page(
+    name="minigpt4-jax web",
+    about="Talk about photos in a browser.",
+    usage="[--checkpoint MODEL] [--auth USER:PASS] [...]",
+    target="minigpt4_jax.web:main",
+    body="""
+        Listens on this machine alone, at http://127.0.0.1:7860, unless --host or --share
+        say otherwise; Ctrl-C ends it. Needs the extra `serve`.
+    """,
+    takes=(
+        CHECKPOINT,
+        Flag(
+            "host",
+            "HOST",
+            "where it listens (default: 127.0.0.1); 0.0.0.0 is everywhere",
+            "127.0.0.1",
+        ),
+        Flag(
+            "port",
+            "N",
+            "of the address (default: 7860); 0 is any that is free",
+            7860,
+            partial(flags.DEFINE_integer, lower_bound=0, upper_bound=65535),
+        ),
+        Flag("auth", "USER:PASS", "asked of whoever opens the page"),
+        Flag(
+            "share",
+            "",
+            "also open a public address of Gradio's",
+            default=False,
+            kind=flags.DEFINE_bool,
+        ),
+    ),
+    examples=(
+        "minigpt4-jax web",
+        "minigpt4-jax web --checkpoint WORK/stage2 --host 0.0.0.0 --auth me:secret",
+    ),
+    extra="serve",
+)
 TRAIN = Page(
     name="minigpt4-jax train",
     about="Train the connector, or go on where a run stopped.",
@@ -341,7 +380,7 @@ TOP = Page(
         cannot be used; 75 a training stands still or lost a process: start it again; 130
         interrupted; 143 a training ended by SIGTERM, saved and ready to go on.
     """,
-    parts=(CHAT, GENERATE, TRAIN, PLAN, DATA, REPORT),
+    parts=(CHAT, GENERATE, WEB, TRAIN, PLAN, DATA, REPORT),
     examples=(
         "minigpt4-jax chat --image photo.jpg",
         "minigpt4-jax generate --images PHOTOS --out answers.jsonl",

@@ -1,4 +1,4 @@
-"""Talk about photos in a browser: python -m minigpt4_jax.web --checkpoint demo.
+"""Talk about photos in a browser: minigpt4-jax web --checkpoint demo.
 
 Listens on this machine alone (http://127.0.0.1:7860) unless --host or --share say
 otherwise; --auth USER:PASS asks for a password. Needs the extra `serve`.
@@ -12,6 +12,7 @@ from absl import flags
 
 from minigpt4_jax import errors
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.pages import WEB
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,5 @@ def credentials(text: str | None) -> tuple[str, str] | None:
     return user, password
 
 
-def define_flags() -> None:
-    """Flags of this command; not at import, where two commands' names would collide."""
-    flags.DEFINE_string("checkpoint", "demo", "a converted model or a training run")
-    flags.DEFINE_string("host", "127.0.0.1", "where it listens; 0.0.0.0: everywhere")
-    flags.DEFINE_integer("port", 7860, "of the address; 0: any that is free", 0, 65535)
-    flags.DEFINE_string("auth", None, "USER:PASS, asked of whoever opens the page")
-    flags.DEFINE_bool("share", False, "also open a public address of Gradio's")
-
-
 if __name__ == "__main__":
-    errors.run(main, define=define_flags)
+    WEB.run(main)
