@@ -112,7 +112,7 @@ def test_a_product_in_digits_is_as_exact_as_one_of_floats():
     want = x.astype(np.float64) @ dequantised(stored, scale).astype(np.float64)
     got = linear(x, stored, dtypes=FLOATS, outs=(7,), scale=scale)
     most = np.abs(want).max(1, keepdims=True)
-    assert (np.abs(got - want) <= 5e-7 * most).all() and most[3] > 1e9
+    assert (np.abs(got - want) <= 2e-6 * most).all() and most[3] > 1e9
     # Nothing of a row is in another, and what is not a number stays none.
     x[2, 4], x[0, 1] = np.nan, np.inf
     bad = linear(x, stored, dtypes=FLOATS, outs=(7,), scale=scale)
