@@ -120,13 +120,13 @@ def test_a_product_in_digits_is_as_exact_as_one_of_floats():
     assert not np.isfinite(np.asarray(bad)[[0, 2]]).any()
 
 
-def test_column_blocks_of_int8_are_read_as_the_training_step_holds_them():
+def test_tiles_of_int8_are_read_as_the_training_step_holds_them():
     whole, scale = quantised.int8(normal(6, 8))
     x = normal(20, 6, seed=1)
-    blocks = jnp.concatenate([whole[:, :4], whole[:, 4:]])
+    tiles = whole.reshape(3, 2, 2, 4).swapaxes(1, 2).reshape(-1, 1, 2, 4)
     outs = dict(dtypes=FLOATS, outs=(8,), scale=scale)
     np.testing.assert_allclose(
-        linear(x, blocks, **outs), linear(x, whole, **outs), atol=1e-5
+        linear(x, tiles, **outs), linear(x, whole, **outs), atol=1e-5
     )
 
 
