@@ -15,7 +15,8 @@ without their hashes. A variable CHECKPOINT names another model of the Space's o
 
 import os
 
-from minigpt4_jax import errors, web
+from minigpt4_jax import web
+from minigpt4_jax.pages import WEB
 
 
 def arguments() -> list[str]:
@@ -34,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments(), define=web.define_flags)
+    WEB.run(main, arguments())

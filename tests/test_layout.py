@@ -47,7 +47,7 @@ ROOMS = (
     (r"minigpt4_jax/(terminal|typed)", set(), r""),
     (r"minigpt4_jax/picture", {"PIL", "numpy"}, r"minigpt4_jax\.terminal"),
     (r"minigpt4_jax/__main__", set(), r"minigpt4_jax\.cli"),
-    (r"minigpt4_jax/models/quantised", {"jax"}, ERRORS),
+    (r"minigpt4_jax/models/quantised", {"jax", "numpy"}, ERRORS),
     (
         r"minigpt4_jax/models/layers",
         NET,

@@ -93,24 +93,41 @@ def test_a_product_is_that_of_the_weights_that_were_kept(kind, monkeypatch):
             np.testing.assert_allclose(ours, want, atol=2e-5)
 
 
-def test_rows_that_are_outputs_are_multiplied_in_pieces_too(monkeypatch):
+def test_rows_that_are_outputs_are_multiplied_as_they_lie():
     config = dataclasses.replace(tiny.CONFIG.llama, tie_embeddings=True)
     llama = Llama(config, rngs=nnx.Rngs(0))
     llama.embed.quantise("int8")
     table_VD = llama.embed.embedding[...] * llama.embed.embedding_scale[...][:, None]
     hidden_BTD = normal(2, 3, 24)
-    monkeypatch.setattr(quantised, "PIECE", 8e3)  # of 265 rows of 24: in fives
     np.testing.assert_allclose(
         llama.logits(hidden_BTD), hidden_BTD @ table_VD.T, atol=2e-5
     )
 
 
-def test_column_blocks_of_int8_are_read_as_the_training_step_holds_them():
+def test_a_product_in_digits_is_as_exact_as_one_of_floats():
+    stored, scale = quantised.int8(normal(300, 7))
+    x = normal(5, 300, seed=1) * np.array([[1e-9], [1.0], [30.0], [1e9], [0.0]])
+    x[1, 0] = 100.0  # what else is in a row counts against its largest
+    x = x.astype(np.float32)
+    want = x.astype(np.float64) @ dequantised(stored, scale).astype(np.float64)
+    got = linear(x, stored, dtypes=FLOATS, outs=(7,), scale=scale)
+    most = np.abs(want).max(1, keepdims=True)
+    assert (np.abs(got - want) <= 2e-6 * most).all() and most[3] > 1e9
+    # Nothing of a row is in another, and what is not a number stays none.
+    x[2, 4], x[0, 1] = np.nan, np.inf
+    bad = linear(x, stored, dtypes=FLOATS, outs=(7,), scale=scale)
+    np.testing.assert_array_equal(bad[jnp.array([1, 3, 4])], got[jnp.array([1, 3, 4])])
+    assert not np.isfinite(np.asarray(bad)[[0, 2]]).any()
+
+
+def test_tiles_of_int8_are_read_as_the_training_step_holds_them():
     whole, scale = quantised.int8(normal(6, 8))
     x = normal(20, 6, seed=1)
-    blocks = jnp.concatenate([whole[:, :4], whole[:, 4:]])
+    tiles = whole.reshape(3, 2, 2, 4).swapaxes(1, 2).reshape(-1, 1, 2, 4)
     outs = dict(dtypes=FLOATS, outs=(8,), scale=scale)
-    np.testing.assert_array_equal(linear(x, blocks, **outs), linear(x, whole, **outs))
+    np.testing.assert_allclose(
+        linear(x, tiles, **outs), linear(x, whole, **outs), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

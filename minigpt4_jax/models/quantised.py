@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minigpt4_jax.errors import ConfigError, unknown
 
@@ -178,17 +179,21 @@ def unpacked(kernel, scale, dtype):
     return (whole.astype(jnp.float32) * step + start).astype(dtype).reshape(-1, outs)
 
 
-FEW = 16  # rows that read a kernel; more are worth writing it as floats
+FEW = 16  # rows that read an int4 kernel; more are worth writing it as floats at once
 PIECE = 12e6  # bytes of floats that a CPU's caches hold
+DIGITS = 3  # of a float as int8; each is 254 times finer, so that three hold 24 bits
+MANY = 272  # rows in digits at most: an image's, or a prompt's piece; they take memory
 
 
 def product(multiply: Callable, x, kernel, scale):
     """x [..., in] times a kernel of whole numbers.
 
-    XLA:CPU multiplies floats only. What it converts does not depend on x, so it does that
-    at the start of a program: all kernels, into memory of their own. So here a kernel
-    waits for its x, and a large one is converted and multiplied piece by piece; the
-    pieces follow one another through memory that stays in the caches.
+    XLA:CPU would write a kernel out as floats, which takes longer than most products. So
+    int8 is multiplied as it is, by x in digits. int4, and int8 in training, become
+    floats; as that does not depend on x, XLA would do it at the start of a program: all
+    kernels, into memory of their own. So a kernel waits for its x, and a large one in
+    int4 is converted and multiplied piece by piece; the pieces follow one another
+    through memory that stays in the caches.
 
     Args:
         multiply: (x, kernel of floats or int8) -> their product.
@@ -205,54 +210,89 @@ def product(multiply: Callable, x, kernel, scale):
         never = jax.lax.stop_gradient(x).ravel()[0] > 1e30
         return whole(x, kernel ^ never.astype(kernel.dtype), scale)
 
-    pieces = 1 if rows > FEW else _pieces(ins, kernel, scale, x.dtype.itemsize)
-    cpu = functools.partial(_in_pieces, whole, pieces) if pieces > 1 else waiting
+    def in_digits(x, kernel, scale):
+        return digits_product(whole, 0, x, kernel.reshape(ins, -1), scale)
+
+    cpu: Callable = waiting
+    packed = kernel.dtype == jnp.uint8
+    if packed and rows <= FEW:
+        pieces = _pieces(kernel, scale, x.dtype.itemsize)
+        cpu = functools.partial(_in_pieces, whole, pieces) if pieces > 1 else waiting
+    # Not in tiles (sharding.held), which only training has.
+    elif not packed and rows <= MANY and kernel.ndim < 4:
+        cpu = in_digits
     return jax.lax.platform_dependent(x, kernel, scale, cpu=cpu, default=whole)
 
 
 def product_of_rows(multiply: Callable, x, kernel_OI, scale_O):
     """The same for int8 that has an output a row, as embeddings that are the head too.
 
-    Turned over first, such a table would be copied where it goes piece by piece.
-
     Args:
         multiply: (x, some rows of the kernel, their scales) -> their product.
     """
-    outs, size = len(kernel_OI), kernel_OI.size * x.dtype.itemsize
-    few = math.prod(x.shape[:-1]) <= FEW
-    least = math.ceil(size / PIECE)
-    pieces = next((n for n in range(least, outs + 1) if outs % n == 0), 1)
-
-    def in_pieces(x, kernel_OI, scale_O):
-        parts = kernel_OI.reshape(pieces, -1, x.shape[-1]), scale_O.reshape(pieces, -1)
-        y = jax.lax.map(lambda part: multiply(x, *part), parts)
-        return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], outs)
-
-    cpu = in_pieces if few and pieces > 1 else multiply
+    cpu = multiply
+    if math.prod(x.shape[:-1]) <= MANY:
+        cpu = functools.partial(digits_product, multiply, 1)
     return jax.lax.platform_dependent(x, kernel_OI, scale_O, cpu=cpu, default=multiply)
 
 
-def _pieces(ins: int, kernel, scale, size: int) -> int:
-    """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
-    packed = kernel.dtype == jnp.uint8
-    if not packed and kernel.ndim == 4:
-        return 1  # tiles (sharding.held), for training
-    weights = kernel.size * (2 if packed else 1)
-    pairs = scale.shape[0] // 2 if packed else ins  # of groups; not to be cut
-    least = math.ceil(weights * size / PIECE)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def digits_product(whole: Callable, axis: int, x, kernel, scale):
+    """What `whole(x, kernel, scale)` is, from sums of whole numbers, which are exact.
+
+    Args:
+        axis: of the inputs in an int8 kernel of two dimensions.
+    """
+    like = jax.eval_shape(whole, x, kernel, scale)
+    x_RI = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    largest_R1 = jnp.abs(x_RI).max(-1, keepdims=True)
+    step_R1 = jnp.where(largest_R1 == 0, 1, largest_R1) / 127
+    rest_RI, digits = x_RI / step_R1, []
+    for _ in range(DIGITS):
+        digit_RI = jnp.round(rest_RI)
+        digits.append(digit_RI.astype(jnp.int8))
+        rest_RI = (rest_RI - digit_RI) * 254
+    sums_RO = jax.lax.dot_general(
+        jnp.concatenate(digits),
+        kernel,
+        (((1,), (axis,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    parts = jnp.split(sums_RO.astype(jnp.float32), DIGITS)
+    y_RO = sum(part / 254.0**i for i, part in reversed(list(enumerate(parts))))
+    return (y_RO * step_R1 * scale.reshape(-1)).astype(like.dtype).reshape(like.shape)
+
+
+def _digits_forward(whole, axis, x, kernel, scale):
+    return digits_product(whole, axis, x, kernel, scale), (x, kernel, scale)
+
+
+def _digits_backward(whole, axis, kept, cotangent):
+    x, kernel, scale = kept
+    _, backward = jax.vjp(lambda x, scale: whole(x, kernel, scale), x, scale)
+    x, scale = backward(cotangent)
+    return x, np.zeros(kernel.shape, jax.dtypes.float0), scale
+
+
+digits_product.defvjp(_digits_forward, _digits_backward)
+
+
+def _pieces(kernel, scale, size: int) -> int:
+    """Into how many pieces along its inputs int4 goes, each at most PIECE bytes."""
+    pairs = scale.shape[0] // 2  # of groups; not to be cut
+    least = math.ceil(2 * kernel.size * size / PIECE)
     return next((n for n in range(least, pairs + 1) if pairs % n == 0), 1)
 
 
 def _in_pieces(whole: Callable, pieces: int, x, kernel, scale):
-    packed = kernel.dtype == jnp.uint8
     ins = x.shape[-1]
-    kernels = kernel.reshape(pieces, ins // pieces // (2 if packed else 1), -1)
-    scales = scale.reshape(pieces, -1, *scale.shape[1:]) if packed else None
+    kernels = kernel.reshape(pieces, ins // pieces // 2, -1)
+    scales = scale.reshape(pieces, -1, *scale.shape[1:])
 
     def step(total, inputs):
-        i, kernel, own = inputs
+        i, kernel, scale = inputs
         part = jax.lax.dynamic_slice_in_dim(x, i * (ins // pieces), ins // pieces, -1)
-        return total + whole(part, kernel, scale if own is None else own), None
+        return total + whole(part, kernel, scale), None
 
     like = jax.eval_shape(whole, x, kernel, scale)
     total = jnp.zeros(like.shape, like.dtype)
