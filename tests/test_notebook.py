@@ -24,6 +24,8 @@ PATH = ROOT / "notebooks/minigpt4_jax.ipynb"
 PHOTOS = ROOT / "notebooks/photos"
 # What may be imported in it, besides Python's own: what Colab or a clone has.
 PACKAGES = {"IPython", "PIL", "numpy", "configs", "minigpt4_jax"}
+# Kinds of outputs: what is printed, and pictures.
+ALLOWED = {("stream", "stdout"), ("display_data", None, "image/jpeg", "text/plain")}
 LINE = r"(Indoors|Outdoors) \| (people|nobody) \| [a-z ]+"
 
 
@@ -48,17 +50,14 @@ def test_it_is_a_notebook_whose_code_is_python(notebook, code):
         ast.parse(cell.source)
 
 
-def test_its_cells_ran_once_each_in_their_order(code):
+def test_what_it_shows_is_of_one_run_in_order_or_left_out(code):
     counts = [cell.execution_count for cell in code]
-    assert counts == list(range(1, len(code) + 1))
+    assert counts in (list(range(1, len(code) + 1)), [None] * len(code))
+    assert counts[0] == 1 or shown(code) == []
 
 
-def test_it_shows_answers_and_pictures_without_warnings(code):
-    outputs = shown(code)
-    assert {output.output_type for output in outputs} == {"stream", "display_data"}
-    assert {output.name for output in outputs if "name" in output} == {"stdout"}
-    kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert kinds == {"image/jpeg", "text/plain"}
+def test_what_it_shows_is_small_and_has_no_warnings(code):
+    assert {kind for cell in code for kind in kinds(cell)} <= ALLOWED
     assert PATH.stat().st_size < 500_000
 
 
@@ -148,17 +147,18 @@ def test_no_photo_is_learned_from_and_held_out():
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(notebook, demo_directory):
-    """Its own asserts hold, and it shows what is committed, numbers and answers aside."""
+    """Its own asserts hold, and it shows words and pictures alone."""
     assert demo_directory.is_relative_to(os.environ["MINIGPT4_JAX_CACHE"])  # its too
-    assert [kinds(cell) for cell in executed().cells] == [
-        kinds(cell) for cell in notebook.cells
-    ]
+    found = [kinds(cell) for cell in executed().cells]
+    assert {kind for cell in found for kind in cell} == ALLOWED
+    committed = [kinds(cell) for cell in notebook.cells]
+    assert found == committed or not any(committed)
 
 
 def kinds(cell) -> list[tuple]:
     """Of what kind a cell's outputs are, stdout or stderr among them."""
     outputs = cell.get("outputs", [])
-    return [(o.output_type, o.get("name"), *o.get("data", {})) for o in outputs]
+    return [(o.output_type, o.get("name"), *sorted(o.get("data", {}))) for o in outputs]
 
 
 def executed():
@@ -166,7 +166,13 @@ def executed():
     fresh = nbformat.read(PATH, as_version=4)
     about = dict(fresh.metadata)  # a kernel would add its versions
     place = {"metadata": {"path": str(PATH.parent)}}
-    NotebookClient(fresh, timeout=1200, record_timing=False, resources=place).execute()
+    NotebookClient(
+        fresh,
+        timeout=1200,
+        record_timing=False,
+        coalesce_streams=True,  # one output a cell, however its words came
+        resources=place,
+    ).execute()
     fresh.metadata = nbformat.from_dict(about)
     return fresh
 
