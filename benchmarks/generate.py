@@ -1,235 +1,220 @@
-r"""Decoding speed of the demo's decoder beside transformers with the same dense weights.
+r"""Decoding speed of the demo's decoder beside transformers and llama.cpp, on its weights.
 
     python -m benchmarks.generate [--checkpoint demo|random] [--tokens 64] [--repeats 5]
 
-One text prompt, the same ids for all, greedy, batch 1, a fixed number of tokens. The
-contenders take turns, so that a busy machine slows all of them; medians are printed, the
-least in brackets, and the ratio to transformers in float32. Ours goes through
-`Generator.submit`, text and all, in pieces of 8 tokens as a caller gets them by default;
-"unstreamed" is one piece, so the two show what streaming costs. `random` needs no
-converted model.
+Three tables, greedy, a fixed number of tokens: one prompt; eight of different lengths at
+once; a prompt of 256 tokens, of which only the next token is asked for. The contenders
+take turns, so that a busy machine slows all of them; medians are printed, the best in
+brackets, and the ratio to transformers in float32, all of the same prompts. Ours goes
+through `Generator.submit`, text and all, in pieces of 8 tokens as a caller gets them by
+default; "unstreamed" is one piece, so the two show what streaming costs. `random` needs
+no converted model.
+
+The share of bandwidth: bytes of the decoder's weights, times the tokens a second after
+the first, over what a plain read by all threads gives in the same turns, of 2 GiB, more
+than any cache holds. Weights that fit into a cache can be read faster than that.
+
+llama.cpp decodes beside them where it is installed (`pip install llama-cpp-python`
+builds it): the demo's own GGUF file, and that as its own quantize makes 8 bits and
+float32 of it.
 """
 
 import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
-import numpy as np
 import torch
 import transformers
 from absl import flags
-from flax import nnx
 
-from minigpt4_jax import errors
-from minigpt4_jax.data.tokens import Tokenizer
+from benchmarks.contenders import (
+    Answers,
+    Contender,
+    Task,
+    ask_ours,
+    ask_theirs,
+    llama_cpp,
+    ours,
+    theirs,
+    weights_of,
+)
+from convert.demo import package_file
+from minigpt4_jax import errors, locate
 from minigpt4_jax.generator import Generator
-from minigpt4_jax.models.layers import DTypes
-from minigpt4_jax.models.llama import Llama
-from minigpt4_jax.models.minigpt4 import DEMO, MiniGPT4
 from minigpt4_jax.models.quantised import KINDS
 from minigpt4_jax.request import GREEDY, Request, user
 
 QUESTION = (
     "Tell me what a lighthouse is, who keeps it, and why it stands where it does. "
 )
-
-Timing = tuple[float, float]  # seconds to the first token, seconds to the last
-
-
-class Spelled(Tokenizer):
-    """One token a character, for random weights."""
-
-    bos_id, eos_ids, pad_id, size = 1, (2,), 0, DEMO.llama.vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) for c in text]
-
-    def special_id(self, name: str) -> int:
-        return 3 + len(name)
-
-    def token_bytes(self, token: int) -> bytes:
-        return chr(97 + token % 26).encode()
-
-
-def ours(name: str, dtype: str, chunk: int = 8, quantize: str = "") -> Generator:
-    """A generator that never meets an end token."""
-    if name != "random":
-        generator = Generator.load(
-            name, dtype=dtype, quantize=quantize, batch_size=1, chunk=chunk
-        )
-    else:
-        dtypes = DTypes(dtype, dtype, dtype)
-        tiny = dict(num_layers=1, mlp_width=8)
-        cfg = dataclasses.replace(
-            DEMO,
-            vit=dataclasses.replace(DEMO.vit, **tiny),
-            qformer=dataclasses.replace(DEMO.qformer, **tiny),
-        )
-        # Drawn in float32, so that both dtypes get the same weights.
-        llama = Llama(cfg.llama, rngs=nnx.Rngs(0))
-        graphdef = nnx.graphdef(
-            nnx.eval_shape(lambda: Llama(cfg.llama, dtypes=dtypes, rngs=nnx.Rngs(0)))
-        )
-        weights = jax.tree.map(lambda w: w.astype(dtype), nnx.state(llama))
-        llama = nnx.merge(graphdef, weights)
-        model = MiniGPT4(cfg, dtypes=dtypes, rngs=nnx.Rngs(0), llama=llama)
-        generator = Generator(model, Spelled(), batch_size=1, chunk=chunk)
-    generator.tokenizer.eos_ids = (-1,)
-    return generator
-
-
-def theirs(generator: Generator) -> transformers.LlamaForCausalLM:
-    """Hugging Face's model with the weights of a generator in float32."""
-    cfg = generator.model.cfg.llama
-    config = transformers.LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_width,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        head_dim=cfg.head_size,
-        rms_norm_eps=cfg.eps,
-        rope_theta=cfg.rope_theta,
-        max_position_embeddings=cfg.max_positions,
-        tie_word_embeddings=cfg.tie_embeddings,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.load_state_dict(dict(_their_weights(generator.model.llama)), strict=False)
-    model.tie_weights()
-    return model
-
-
-def _their_weights(llama: Llama) -> Iterable[tuple[str, torch.Tensor]]:
-    def rows(kernel, ins):  # our [in, out] -> their [out, in]
-        kernel = np.asarray(kernel[...], np.float32)
-        return torch.tensor(kernel.reshape(ins, -1).T.copy())
-
-    def vector(scale):
-        return torch.tensor(np.asarray(scale[...], np.float32))
-
-    cfg = llama.cfg
-    yield "model.embed_tokens.weight", vector(llama.embed.embedding)
-    yield "model.norm.weight", vector(llama.norm.scale)
-    if not cfg.tie_embeddings:
-        yield "lm_head.weight", rows(llama.head.kernel, cfg.width)
-    for i, block in enumerate(llama.blocks):
-        name, attn, mlp = f"model.layers.{i}", block.attn, block.mlp
-        yield f"{name}.input_layernorm.weight", vector(block.attn_norm.scale)
-        yield f"{name}.post_attention_layernorm.weight", vector(block.mlp_norm.scale)
-        for key, part in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
-            yield f"{name}.self_attn.{key}_proj.weight", rows(part.kernel, cfg.width)
-        heads = cfg.num_heads * cfg.head_size
-        yield f"{name}.self_attn.o_proj.weight", rows(attn.out.kernel, heads)
-        for key, part in (("gate", mlp.gate), ("up", mlp.up)):
-            yield f"{name}.mlp.{key}_proj.weight", rows(part.kernel, cfg.width)
-        yield f"{name}.mlp.down_proj.weight", rows(mlp.down.kernel, cfg.mlp_width)
-
-
-def time_ours(generator: Generator, tokens: int) -> tuple[Timing, list[int]]:
-    sampling = dataclasses.replace(GREEDY, max_tokens=tokens)
-    ids: list[int] = []
-    for event in generator.submit([Request([user(QUESTION)], sampling=sampling)]):
-        ids += event.ids
-    return (event.usage.seconds_to_first_token, event.usage.seconds), ids
-
-
-class Clock(transformers.generation.streamers.BaseStreamer):
-    """Notes when each token comes."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def time_theirs(model, prompt: list[int], tokens: int) -> tuple[Timing, list[int]]:
-    clock, began = Clock(), time.perf_counter()
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=clock,
-        )
-    times = clock.times[1:]  # the first call puts the prompt
-    return (times[0] - began, times[-1] - began), out[0, len(prompt) :].tolist()
-
-
-def weights_of(generator: Generator) -> int:
-    """How many the decoder has."""
-    return sum(x.size for x in jax.tree.leaves(nnx.state(generator.model.llama)))
+MORE = (
+    "What do sailors see of it at night? ",
+    "Say it in two sentences that a child can understand. ",
+    "Who was the first to build one, of what, and how tall was it? ",
+    "Then name three that are still lit today, and say on which coast each stands. ",
+)
+BASE = "transformers float32"
+LONG = 256  # tokens of the long prompt
+READ = 2 << 30  # bytes
 
 
 def main(argv: list[str]) -> None:
-    """Read the flags, time the contenders in turns, print the table."""
+    """Read the flags, time the contenders in turns, print the tables."""
     args = flags.FLAGS
     torch.set_num_threads(os.cpu_count() or 1)
-    tokens = args.tokens
-    contenders: dict[str, Callable[[], tuple[Timing, list[int]]]] = {}
-    bytes_of: dict[str, float] = {"float32": 4, "bfloat16": 2}
-    first = ours(args.checkpoint, "float32")
-    prompt = first.prepare(Request([user(QUESTION)])).ids.tolist()
-    for dtype in tuple(bytes_of):
-        generator = first if dtype == "float32" else ours(args.checkpoint, dtype)
-        model = theirs(first).to(getattr(torch, dtype))
-        contenders[f"ours {dtype}"] = lambda g=generator: time_ours(g, tokens)
-        contenders[f"transformers {dtype}"] = lambda m=model: time_theirs(
-            m, prompt, tokens
-        )
-    if args.checkpoint != "random":  # which has no file to round while it is read
-        for kind in KINDS:
-            few = ours(args.checkpoint, "float32", quantize=kind)
-            held = jax.tree.leaves(nnx.state(few.model.llama))
-            size = sum(x.nbytes for x in held)
-            bytes_of[kind] = round(size / weights_of(first), 2)
-            contenders[f"ours {kind}"] = lambda g=few: time_ours(g, tokens)
-    unstreamed = ours(args.checkpoint, "float32", chunk=tokens)
-    contenders["ours float32, unstreamed"] = lambda: time_ours(unstreamed, tokens)
-    answers = {name: run()[1] for name, run in contenders.items()}  # warm-up
-    timings: dict[str, list[Timing]] = {name: [] for name in contenders}
-    for _ in range(args.repeats):
-        for name, run in contenders.items():
-            timings[name].append(run()[0])
+    plain = ours(args.checkpoint, "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = field(plain, args.checkpoint, args.tokens)
+        if args.checkpoint == "demo" and importlib.util.find_spec("llama_cpp"):
+            gguf = package_file(locate.demo_pins()["sources"][1])
+            contenders += llama_cpp(gguf, Path(folder))
+        measure(plain, contenders, args.tokens, args.repeats)
 
-    # Over the whole answer: unstreamed, its first token comes with the last.
-    rates = {
-        name: [tokens / last for _, last in times] for name, times in timings.items()
+
+def field(plain: Generator, name: str, tokens: int) -> list[Contender]:
+    """Ours and transformers', from the weights of `plain`."""
+    count, size = weights_of(plain)
+    generators = {"float32": plain, "bfloat16": ours(name, "bfloat16")}
+    if name != "random":  # which has no file to round while it is read
+        generators |= {kind: ours(name, "float32", quantize=kind) for kind in KINDS}
+    found = [
+        Contender(f"ours {kind}", weights_of(g)[1], functools.partial(ask_ours, g))
+        for kind, g in generators.items()
+    ]
+    whole = Generator(plain.model, plain.tokenizer, chunk=tokens)
+    ask = functools.partial(ask_ours, whole)
+    found.append(Contender("ours float32, unstreamed", size, ask, rows=1))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = theirs(plain).to(dtype)
+        name = f"transformers {str(dtype).removeprefix('torch.')}"
+        ask = functools.partial(ask_theirs, model)
+        found.append(Contender(name, count * dtype.itemsize, ask))
+    return found
+
+
+def tasks(generator: Generator, tokens: int) -> dict[str, Task]:
+    """What is asked, by the heading of its table."""
+
+    def task(texts: Sequence[str], tokens: int) -> Task:
+        few = dataclasses.replace(GREEDY, max_tokens=tokens)
+        asked = [Request([user(text)], sampling=few) for text in texts]
+        return Task(texts, [generator.prepare(a).ids.tolist() for a in asked], tokens)
+
+    eight = [QUESTION + "".join(MORE[: i % 4]) + MORE[i // 4] for i in range(8)]
+    long = QUESTION
+    while len(task([longer := f"{long} also"], 1).prompts[0]) <= LONG:
+        long = longer
+    return {
+        "one prompt": task([QUESTION], tokens),
+        "eight prompts at once": task(eight, tokens),
+        "a long prompt": task([long], 1),
     }
-    base = statistics.median(rates["transformers float32"])
-    load = os.getloadavg()[0]
+
+
+def measure(
+    generator: Generator, contenders: Sequence[Contender], tokens: int, repeats: int
+) -> None:
+    asked = tasks(generator, tokens)
+    turns = [
+        (heading, contender)
+        for heading, task in asked.items()
+        for contender in contenders
+        if len(task.prompts) <= contender.rows
+    ]
+    for heading, contender in turns:  # compiles
+        contender.ask(asked[heading])
+    answers: dict[tuple[str, str], list[Answers]] = {}
+    array = torch.ones(READ // 4)
+    reads = []
+    read(array)
+    for _ in range(repeats):
+        for heading, contender in turns:
+            found = contender.ask(asked[heading])
+            answers.setdefault((heading, contender.name), []).append(found)
+            reads.append(read(array))
+    bandwidth = statistics.median(reads)
     print(
-        f"{args.checkpoint}: {len(prompt)} prompt tokens, {tokens} answer tokens, batch "
-        f"1, {args.repeats} turns, {os.cpu_count()} cores, load {load:.1f}, "
-        f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
+        f"{repeats} turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax "
+        f"{jax.__version__} on {jax.default_backend()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, llama.cpp {llama_cpp_version()}; "
+        f"memory is read at {bandwidth / 1e9:.1f} GB/s (most: {max(reads) / 1e9:.1f})"
     )
-    print("| | bytes a weight | tokens/s (most) | ratio | s to first token (least) |")
-    print("|---|---|---|---|---|")
-    for name in contenders:
-        firsts = [first for first, _ in timings[name]]
-        rate = statistics.median(rates[name])
+    for heading, task in asked.items():
+        here = [c for h, c in turns if h == heading]
+        of = {c.name: answers[heading, c.name] for c in here}
+        print_table(heading, task, here, of, weights_of(generator)[0], bandwidth)
+
+
+def read(array: torch.Tensor) -> float:
+    """Bytes a second of a sum over the array by all threads."""
+    began = time.perf_counter()
+    array.sum()
+    return array.nbytes / (time.perf_counter() - began)
+
+
+def print_table(
+    heading: str,
+    task: Task,
+    contenders: Sequence[Contender],
+    answers: dict[str, list[Answers]],
+    weights: int,
+    bandwidth: float,
+) -> None:
+    """Rates of a heading's contenders: of answers, or of a prompt that has none."""
+    lengths = [len(prompt) for prompt in task.prompts]
+    per = "prompt tokens" if task.tokens == 1 else "tokens"
+    count = sum(lengths) if task.tokens == 1 else task.tokens * len(lengths)
+    # Over the whole answer: unstreamed, its first token comes with the last.
+    rates = {name: [count / a.last for a in found] for name, found in answers.items()}
+    base = statistics.median(rates[BASE])
+    print(
+        f"\n{heading}: {min(lengths)} to {max(lengths)} prompt tokens, {task.tokens} "
+        "answer tokens each\n"
+        f"| | bytes a weight | {per}/s (most) | ratio | % of bandwidth "
+        "| s to first token (least) | same tokens |\n|---|---|---|---|---|---|---|"
+    )
+    for who in contenders:
+        found, rate = answers[who.name], statistics.median(rates[who.name])
+        firsts = [answer.first for answer in found]
         print(
-            f"| {name} | {bytes_of[name.split()[1].rstrip(',')]} "
-            f"| {rate:.1f} ({max(rates[name]):.1f}) | {rate / base:.2f} "
-            f"| {statistics.median(firsts):.3f} ({min(firsts):.3f}) |"
+            f"| {who.name} | {who.held / weights:.2f} "
+            f"| {rate:.1f} ({max(rates[who.name]):.1f}) | {rate / base:.2f} "
+            f"| {share(task, who.held, found, bandwidth)} "
+            f"| {statistics.median(firsts):.3f} ({min(firsts):.3f}) "
+            f"| {same(found[0].ids, answers[BASE][0].ids)} |"
         )
-    same = [
-        next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), tokens)
-        for x, y in [[answers[f"{who} float32"] for who in ("ours", "transformers")]]
-    ][0]
-    print(f"float32: the first {same} of {tokens} greedy tokens are identical")
+
+
+def share(task: Task, held: int, found: Sequence[Answers], bandwidth: float) -> str:
+    """% of the bandwidth that reads weights, where one row gives token after token."""
+    seconds = statistics.median(answer.last - answer.first for answer in found)
+    if len(task.prompts) > 1 or task.tokens == 1 or not seconds:
+        return ""
+    return f"{100 * held * (task.tokens - 1) / seconds / bandwidth:.0f}"
+
+
+def same(ids: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
+    """How many tokens agree before the first that does not, in all rows together."""
+    count = 0
+    for some, more in zip(ids, others):
+        pairs = [a == b for a, b in zip(some, more)]
+        count += pairs.index(False) if False in pairs else len(pairs)
+    return count
+
+
+def llama_cpp_version() -> str:
+    try:
+        return importlib.metadata.version("llama-cpp-python") + " (its Python package)"
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed (pip install llama-cpp-python)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What few bits cost: likelihood of human captions, and greedy answers, paired by photo.
 
-    python -m benchmarks.quantised --data=DATA [--split=test] [--limit=100]
+    python -m benchmarks.quantised --data=DATA [--split=test] [--limit=100] [--only=int4]
 
 DATA holds a folder of tar shards for each split (`DATA/test/*.tar`). Of each photo all
 captions are scored as answers to the same question, by the float32 model and by each
@@ -8,7 +8,8 @@ quantised one; the table has the mean difference in nats a token, the share of g
 answers that are not the same text, CIDEr-D's difference, each with 95 % over photos, and
 the bytes a decoder's weight takes. The demo's decoder comes from a file of 4 bits in
 groups of 32 (Q4_1), which int4 finds again; "int4, moved" rounds other groups, which says
-more about a decoder that was never rounded. The last line is the loss of a training of
+more about a decoder that was never rounded, and "int4, wide" groups of 128, as wide models
+have them (144 where the inputs are 576, of which 128 is no part). The last line is the loss of a training of
 stage 2 (configs/demo_stage2.py) with an int8 decoder beside a float32 one, no step made.
 """
 
@@ -40,7 +41,9 @@ MODELS = {
     "int8, kv, vision": Quantisation("int8", vision="int8", kv="int8"),
     "int4": Quantisation("int4"),
     "int4, moved": Quantisation(),
+    "int4, wide": Quantisation(),
 }
+WIDE = {576: 144}  # groups of inputs, else of 128
 MOVED = 16  # inputs, half a group
 DRAWS = 2000  # of the bootstrap
 FEW = dataclasses.replace(GREEDY, max_tokens=32)
@@ -60,9 +63,12 @@ def main(argv: list[str]) -> None:
     )
     print("|---|---:|---:|---:|---:|")
     for name, how in MODELS.items():
-        generator = load(args.checkpoint, how, moved="moved" in name)
+        if args.only not in name:
+            continue
+        generator = load(args.checkpoint, how, other=name.removeprefix("int4, "))
         print(row(name, Measured(generator, photos), plain, photos), flush=True)
-    print(training(args.checkpoint, Path(args.data)))
+    if not args.only:
+        print(training(args.checkpoint, Path(args.data)))
 
 
 def training(name: str, data: Path) -> str:
@@ -103,24 +109,35 @@ def training(name: str, data: Path) -> str:
     )
 
 
-def load(name: str, how: Quantisation, *, moved: bool = False) -> Generator:
-    if not moved:
+def load(name: str, how: Quantisation, *, other: str = "") -> Generator:
+    """Args: other: which kernels are rounded here: those of "moved" or of "wide" groups."""
+    if other not in ROUNDED:
         return Generator.load(
             name, quantize=how.decoder, vision=how.vision, kv=how.kv, dtype="float32"
         )
     generator = Generator.load(name, dtype="float32")
     for path, param in nnx.to_flat_state(nnx.state(generator.model.llama, nnx.Param)):
         if path[-1] == "kernel":
-            param.set_value(rounded(param[...], 2 if "out" in path else 1))
+            param.set_value(ROUNDED[other](param[...], 2 if "out" in path else 1))
     return Generator(generator.model, generator.tokenizer)
 
 
-def rounded(kernel, axes: int):
+def moved(kernel, axes: int):
     """To int4 and back, in groups that begin half a group later."""
     ins = int(np.prod(kernel.shape[:axes]))
     shifted = np.roll(np.asarray(kernel).reshape(ins, -1), MOVED, axis=0)
     back = quantised.unpacked(*quantised.int4(shifted), np.float32)
     return np.roll(back, -MOVED, axis=0).reshape(kernel.shape)
+
+
+def wide(kernel, axes: int):
+    """To int4 and back, in groups as of wide models."""
+    ins = int(np.prod(kernel.shape[:axes]))
+    few = quantised.int4(kernel, axes=axes, group=WIDE.get(ins, 128))
+    return quantised.unpacked(*few, np.float32).reshape(kernel.shape)
+
+
+ROUNDED = {"moved": moved, "wide": wide}
 
 
 class Measured:
@@ -172,5 +189,6 @@ if __name__ == "__main__":  # flags here: tests import this file beside other co
     flags.DEFINE_string("data", None, "Folder with a folder of tar shards per split.")
     flags.DEFINE_string("split", "test", "Split to measure on.")
     flags.DEFINE_string("checkpoint", "demo", "What Generator.load takes.")
+    flags.DEFINE_string("only", "", "Lines whose names have this in them; all.")
     flags.DEFINE_integer("limit", 100, "The first photos only.", lower_bound=2)
     errors.run(main)

@@ -12,7 +12,8 @@ photo's image among its captions, packs rows, and makes logits only where a labe
 runs the Q-Former once a photo, in float32 and bfloat16, with logits everywhere and only
 where a label is. Losses are compared, rounds take turns, medians are printed. MFU is our
 useful work by formula (minigpt4_jax/flops.py, what the plan counts too) against the
-device's peak, or where no data sheet is known against a large product measured here.
+device's peak, or where no data sheet is known against a large product measured here. Last
+comes what `plan --topology local` says of this step, beside the measured time.
 """
 
 import re
@@ -28,8 +29,17 @@ import numpy as np
 import torch
 from absl import flags
 
-from benchmarks import generate
-from minigpt4_jax import Generator, checkpoint, errors, flops, locate, optim
+from benchmarks import contenders
+from minigpt4_jax import (
+    Generator,
+    checkpoint,
+    errors,
+    flops,
+    hlo,
+    locate,
+    optim,
+    roofline,
+)
 from minigpt4_jax.data import pipeline
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.plan import Plan
@@ -53,12 +63,13 @@ def main(argv: list[str]) -> None:
     if not args.data or len(argv) > 1:
         raise InputError("give --data=FOLDER, which has train/*.tar, and only flags")
     torch.set_num_threads(2)
-    setup = Setup(open_data(Path(args.data) / "train"))
+    setup = Setup(open_data(Path(args.data) / "train"), roofline.measure("float32"))
     print(f"{'same batch, all logits':40}{'s a step':>9}{'ratio':>7}{'loss':>9}")
     compare(setup.same_batch(), args.rounds, SAME)
     print(f"{'at its best':40}{'s a step':>9}{'ratio':>7}{'loss':>9}{'captions/s':>12}")
     medians = compare(setup.at_its_best(), args.rounds, len(setup.captions))
     print(setup.utilisation(medians["ours, float32"]))
+    print(setup.beside_the_plan(medians["ours, float32"]))
 
 
 def compare(
@@ -85,7 +96,8 @@ def compare(
 class Setup:
     """Both models with the same weights, and the same photos and captions."""
 
-    def __init__(self, examples):
+    def __init__(self, examples, rates: roofline.Rates):
+        self.rates = rates
         directory = locate.resolve(locate.FROZEN)
         self.model = checkpoint.load_model(directory, absent=TRAINED)
         cfg = self.cfg = self.model.cfg
@@ -119,6 +131,7 @@ class Setup:
         state = new_state(jax.tree.map(jnp.copy, trainables.params), optimizer)
         step_fn = make_step(trainables, loss_fn, optimizer, rate)
         batch = jax.device_put(batch)
+        self.compiled = step_fn.lower(state, trainables.frozen, (batch,)).compile()
 
         def step() -> float:
             nonlocal state
@@ -146,18 +159,30 @@ class Setup:
         batch["ok_B"] = np.ones(PHOTOS, np.float32)
         return batch
 
+    def useful(self) -> int:
+        """FLOPs of a packed step, by formula."""
+        paths = [p for p in checkpoint.parameter_shapes(self.cfg) if trained(p)]
+        return flops.costs(self.cfg, paths, "patches")(flops.Work.of(self.packed()))
+
     def utilisation(self, seconds: float) -> str:
         """A line on the packed step that took so long."""
-        paths = [p for p in checkpoint.parameter_shapes(self.cfg) if trained(p)]
-        work = flops.Work.of(self.packed())
-        useful = flops.costs(self.cfg, paths, "patches")(work)
+        useful = self.useful()
         peak, source = flops.peak(jax.devices()), "data sheet, bfloat16"
         if peak is None:
-            peak, source = product_rate(), "a float32 product of 4096, measured"
+            peak, source = self.rates.products, "a float32 product of 4096, measured"
         return (
             f"useful work of ours at its best {useful / 1e9:.1f} GFLOP a step, "
             f"{useful / seconds / 1e9:.1f} GFLOP/s; peak {peak / 1e9:.0f} GFLOP/s "
             f"({source}): MFU {100 * useful / seconds / peak:.1f} %"
+        )
+
+    def beside_the_plan(self, seconds: float) -> str:
+        """What the plan says of the packed step that took so long."""
+        program = hlo.Program(self.compiled.as_text())
+        found = roofline.project(program, self.rates, self.useful())
+        return (
+            f"the plan of it: {found}; measured {1e3 * seconds:.0f} ms, "
+            f"{found.seconds / seconds:.2f} of it projected"
         )
 
     def rows(self, captions):
@@ -178,7 +203,7 @@ class Setup:
     # Theirs.
 
     def theirs(self, captions, dtype: torch.dtype, labels_only: bool):
-        decoder = generate.theirs(self.generator).to(dtype)
+        decoder = contenders.theirs(self.generator).to(dtype)
         decoder.requires_grad_(False)
         trained = torch.nn.ModuleList([self.queries, self.projector])
         optimizer = None
@@ -258,19 +283,6 @@ class Setup:
 
 def trained(path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in TRAINED)
-
-
-def product_rate(size: int = 4096) -> float:
-    """FLOP/s of a square float32 product, the best of five."""
-    x = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
-    multiply(x, x).block_until_ready()
-    took = []
-    for _ in range(5):
-        began = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        took.append(time.perf_counter() - began)
-    return 2 * size**3 / min(took)
 
 
 def all_logits(model, batch):

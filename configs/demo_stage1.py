@@ -48,13 +48,14 @@ def get_config() -> ConfigDict:
         accumulate=1,
     )
     cfg.dtype = ""  # float32 | bfloat16; empty: float32 on CPU, else bfloat16
+    cfg.quantize = ""  # int8: the frozen decoder in a byte a weight, for memory
     cfg.remat = "none"  # block: recompute activations, for memory
     cfg.loader = dict(workers=0, prefetch=2, limit_s=120, budget=0.01)
     cfg.keep = dict(last=2, every=0)  # checkpoints: the newest, and every so many steps
     cfg.guard = dict(skipped=10)  # steps in a row that are not finite: stop
     cfg.watchdog = dict(  # seconds after which a run that stands still ends, code 75
         limit_s=300,  # without the end of a step, or ten median steps if that is longer
-        other_s=3600,  # in the first step, which compiles, an evaluation or a save
+        other_s=3600,  # in a part of the start, the first step, an evaluation or a save
         start_s=600,  # until all processes have come
     )
     cfg.mesh = dict(data=0, fsdp=1, tensor=1)  # 0: all devices that are left

@@ -103,7 +103,9 @@ MODEL = (
     later("model.drop_path_rate", "the ViT is frozen and drops nothing", equals(0)),
     dropped("model.use_grad_checkpoint", "memory of the ViT; of all, cfg.remat"),
     dropped("model.vit_precision", "`convert model --dtype` decides how it is stored"),
-    later("model.low_resource", "no 8-bit weights", equals(False)),
+    later(
+        "model.low_resource", "8-bit weights are a knob: config.quantize", equals(False)
+    ),
     dropped("model.device_8bit", "read with low_resource alone"),
     dropped("model.prompt", "the reference reads it nowhere"),
 )

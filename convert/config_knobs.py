@@ -53,6 +53,7 @@ def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
         cache=dict(dtype="", folder=""),
         optim=optimizer(values, parts),
         dtype="",
+        quantize="",
         remat="block" if t.preset.name in LARGE else "none",
         loader=dict(
             workers=whole({"run.num_workers": 2, **values}, "run.num_workers"),
@@ -95,6 +96,7 @@ def train_knobs(values: Mapping[str, Any], t: Target) -> tuple[dict, dict]:
         "optim.b2": "run.beta2",
         "optim.clip_norm": "none, as in the reference",
         "dtype": "float32 | bfloat16; empty: float32 on CPU, else bfloat16",
+        "quantize": "int8: the frozen decoder in a byte a weight, for memory",
         "remat": "block: recompute activations, for memory",
         "loader.workers": "run.num_workers, here of a host",
         "loader.limit_s": "seconds that a batch may take",

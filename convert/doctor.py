@@ -178,7 +178,10 @@ def directory(path: Path, found: Findings) -> None:
     if checkpoint.base_directory(path) != path:
         kind = f"a training of {checkpoint.base_directory(path)}"
     known = "as published" if PRESETS.get(config.name) == config else "of its own sizes"
-    found.say(f"{path}: {kind}, preset {config.name} {known}")
+    how = checkpoint.stored_quantisation(path)
+    few = {"decoder": how.decoder, "ViT": how.vision}
+    few = "".join(f", its {name} in {bits}" for name, bits in few.items() if bits)
+    found.say(f"{path}: {kind}, preset {config.name} {known}{few}")
     if config.template == "vicuna_v0" and config.llama.vocab_size == 32_000:
         found.wrong(
             "its decoder has 32000 rows, as LLaMA and Vicuna v1.1 have, under the "

@@ -21,7 +21,7 @@ from convert import llama, qformer, sources, torch_files, vicuna, vit
 from convert.reverse import origins, sisters
 from convert.sources import Source
 from minigpt4_jax import checkpoint, locate, storage
-from minigpt4_jax.errors import InputError
+from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.models.llama import LlamaConfig
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
 
@@ -109,6 +109,12 @@ class Stored:
     def tensors(self, rules: tuple, paths: Iterable[str]) -> Source:
         """The tensors that these parameters came from, unread; says what was cast."""
         wanted = {p: self.shapes[p] for p in sisters(rules, paths) if p in self.shapes}
+        if few := [path for path in wanted if f"{path}_scale" in self.arrays]:
+            raise CheckpointError(
+                f"{self.path}: {min(few)} and {len(few) - 1} more are stored in few "
+                "bits, which are not the values of their files; convert those without "
+                "--quantize and --vision, and export that"
+            )
         freq = self.config.qformer.cross_attention_freq if self.config.qformer else 1
         made = origins(rules, wanted, {"qformer/cross/": freq})
         dtypes = {path: self.dtype(path) for path in wanted}
@@ -153,7 +159,7 @@ def open_model(path: Path, files: contextlib.ExitStack) -> Stored:
     if base != path:
         own = locate.trainable_files(path)
         trained = frozenset(checkpoint.open_files(own, files))
-    shapes = checkpoint.parameter_shapes(config)
+    shapes = checkpoint.parameter_shapes(config, checkpoint.stored_quantisation(path))
     checkpoint.check(path, arrays, shapes, ())
     manifest = locate.read_json(base / "manifest.json")
     return Stored(path, config, shapes, arrays, trained, manifest)

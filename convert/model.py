@@ -5,13 +5,13 @@ trainer take. Nothing is written before every name and shape fits; what is writt
 streamed, tensor by tensor, and appears under its name when it is whole.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from absl import flags
 
 from convert import fit, hashes, parts, sources, variants, vicuna, vit
 from convert.casting import cast, finite, widest
+from convert.rounding import in_few_bits
 from convert.rules import Fill, dropped, mixed, plan
 from convert.sources import Source
 from convert.tensors import Tensor
@@ -28,6 +29,7 @@ from minigpt4_jax import checkpoint, locate, storage
 from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
+from minigpt4_jax.models.quantised import KINDS, Quantisation
 from minigpt4_jax.storage import Streamed
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("no_projector", False, "Frozen weights alone, to train one.")
     flags.DEFINE_string("out", None, "Directory to write; must not exist.")
     flags.DEFINE_enum("dtype", KEEP, DTYPES, "Of weights; keep: as in their files.")
+    flags.DEFINE_enum("quantize", "", ["", *KINDS], "Store the decoder's weights so.")
+    flags.DEFINE_enum("vision", "", ["", "int8"], "Store the ViT's weights so.")
     flags.DEFINE_bool("report", False, "Print which tensor became what; write nothing.")
 
 
@@ -70,7 +74,12 @@ def main(argv: list[str]) -> None:
     if args.projector and args.no_projector:
         raise InputError("give --projector or --no-projector, not both")
     made = prepare(
-        args.preset, given, args.delta, args.dtype, no_projector=args.no_projector
+        args.preset,
+        given,
+        args.delta,
+        args.dtype,
+        no_projector=args.no_projector,
+        quantisation=Quantisation(args.quantize, args.vision),
     )
     if args.report:
         print("\n".join(made.report()))
@@ -78,7 +87,7 @@ def main(argv: list[str]) -> None:
     print(made.write(Path(args.out)))
 
 
-@dataclass
+@dataclasses.dataclass
 class Conversion:
     """A model that is ready to be written: all of it fits, and nothing is read yet."""
 
@@ -87,10 +96,11 @@ class Conversion:
     files: dict[str, Source]  # by part
     dtype: str
     folders: tuple[Path, ...]  # where a tokenizer may lie
+    quantisation: Quantisation = Quantisation()
 
     def arrays(self) -> dict[str, Streamed]:
         """Every parameter by path; the projector only if its file was named."""
-        made = {}
+        made: dict[str, Streamed] = {}
         for path, shape in checkpoint.parameter_shapes(self.config).items():
             if path in self.fills:
                 part, fill = self.fills[path]
@@ -98,7 +108,7 @@ class Conversion:
             elif path.startswith("ln_vision/"):
                 value = np.full(shape, path.endswith("/scale"), np.float32)
                 made[path] = Streamed(shape, value.dtype, lambda value=value: [value])
-        return made
+        return in_few_bits(made, self.config, self.quantisation)
 
     def write(self, out: Path) -> Path:
         """The directory, which must not exist; files are hashed and checked beside."""
@@ -132,6 +142,9 @@ class Conversion:
         lines = []
         for path, array in self.arrays().items():
             start = f"{path} {list(array.shape)} {array.dtype} <- "
+            if (floats := path.removesuffix("_scale")) != path and floats in self.fills:
+                lines.append(f"{start}of {floats}, which is rounded")
+                continue
             if path not in self.fills:
                 lines.append(f"{start}nothing: ones and zeros, as the reference has it")
                 continue
@@ -160,7 +173,10 @@ class Conversion:
             for part, source in self.files.items()
             for file in source.files
         ]
-        rules = {"format": locate.FORMAT, "dtype": self.dtype}
+        rules: dict[str, Any] = {"format": locate.FORMAT, "dtype": self.dtype}
+        how = dataclasses.asdict(self.quantisation)
+        how = {name: kind for name, kind in how.items() if kind}
+        rules |= {"quantised": how} if how else {}
         decides = [self.config.to_dict(), [s["sha256"] for s in listed], rules]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         versions = ("minigpt4-jax", "jax", "numpy", "safetensors", "torch")
@@ -168,6 +184,7 @@ class Conversion:
             "fingerprint": digest.hexdigest()[:16],
             "sources": listed,
             "dtype": self.dtype,
+            "quantised": how,
             "source_dtypes": {
                 path: str(widest(self.files[part][name].dtype for name in fill.sources))
                 for path, (part, fill) in self.fills.items()
@@ -190,12 +207,14 @@ def prepare(
     dtype: str = KEEP,
     *,
     no_projector: bool = False,
+    quantisation: Quantisation = Quantisation(),
 ) -> Conversion:
     """Opens the files and checks that they make the preset; reads hardly a value.
 
     Args:
         given: a path for each of variants.PARTS; None for a Q-Former that is not there.
         no_projector: leave it out, for a training that begins with a random one.
+        quantisation: what is rounded while it is written; `kv` is not of a file.
 
     Raises:
         CheckpointError: a file is damaged or another one than it should be; says which.
@@ -230,7 +249,7 @@ def prepare(
     assert left <= {"ln_vision", "projector"}, (
         left
     )  # `plan` fills rooms whole, or raises
-    return Conversion(config, fills, files, dtype, tuple(folders))
+    return Conversion(config, fills, files, dtype, tuple(folders), quantisation)
 
 
 def stream(fill: Fill, source: Source, dtype: str) -> Streamed:

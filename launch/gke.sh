@@ -18,6 +18,8 @@
 
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/jobset.sh
+. launch/jobset.sh
 
 # shellcheck disable=SC2034 # some are read by their names
 name="" image="" bucket="" topology="" type=tpu-v5-lite-podslice chips=4 slices=1 \
@@ -26,27 +28,9 @@ choose "train follow delete" "$@"
 shift
 take "name image bucket topology type chips slices account config workdir" "spot dry-run" "$@"
 need name "of the JobSet, as --name stage1"
-
-state() {
-    kubectl get jobset "$name" --ignore-not-found \
-        --output='jsonpath={.metadata.name} {.status.terminalState}'
-}
 case $verb in
     delete) run kubectl delete jobset "$name"; exit ;;
-    follow)
-        first=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0
-        first+=,batch.kubernetes.io/job-completion-index=0
-        while true; do
-            run kubectl logs --follow --tail=20 --container=train --selector="$first" || true
-            ! $dry_run || exit 0
-            is=$(state)
-            [[ $is == "$name " ]] || break
-            sleep "$RETRY_SECONDS" # the cluster begins it again
-        done
-        echo "${is:-there is no JobSet $name}" >&2
-        [[ $is == *Completed ]]
-        exit
-        ;;
+    follow) follow; exit ;;
 esac
 
 training_elsewhere
@@ -60,25 +44,7 @@ need topology "of a slice, as 4x4"
 [[ $chips,$slices =~ ^[1-9][0-9]*,[1-9][0-9]*$ ]] || fail "--chips, --slices: want numbers"
 hosts=$((${topology//x/*} / chips))
 ((hosts > 0)) || fail "--topology: $topology has fewer chips than a host, $chips"
-
-# Inside a string of YAML.
-escaped() {
-    local s=${1//\\/\\\\}
-    s=${s//\"/\\\"}
-    printf %s "${s//$'\n'/\\n}"
-}
-fill() { yaml=${yaml//"@$1@"/"$2"}; }
-
-command=""
-for word in python "${train[@]}"; do # of $(NAME) Kubernetes would make what $NAME holds
-    command+=${command:+, }\"$(escaped "${word//\$/\$\$}")\"
-done
-yaml=$(< launch/jobset.yaml)
-for field in name image bucket topology type account slices hosts chips; do
-    fill "$field" "$(escaped "${!field}")"
-done
-fill spot "$(! $spot || echo 'cloud.google.com/gke-spot: "true"')"
-fill command "[$command]" # last: its words may look like a field
+yaml=$(filled python "${train[@]}")
 $dry_run && { printf '%s\n' "$yaml"; exit; }
 
 case $(state) in

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minigpt4_jax.conversation import Chat
     from minigpt4_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
         InputError,
         MiniGPT4Error,
     )
-    from minigpt4_jax.generator import Chat, Generator
+    from minigpt4_jax.generator import Generator
     from minigpt4_jax.loop import Server
     from minigpt4_jax.models.layers import Capture, DTypes
     from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
@@ -53,7 +54,8 @@ _HOMES = {
         "InputError",
         "MiniGPT4Error",
     ),
-    "generator": ("Chat", "Generator"),
+    "conversation": ("Chat",),
+    "generator": ("Generator",),
     "loop": ("Server",),
     "models.layers": ("Capture", "DTypes"),
     "models.minigpt4": ("MiniGPT4", "MiniGPT4Config"),

@@ -4,11 +4,13 @@ The rules are those of Hugging Face's generate (transformers 5): of the likelies
 candidates, those that end become hypotheses if they are among the first J, scored by
 sum of log-probabilities / tokens ** length_penalty, of which the best J are kept; the
 others are the next beams. A search is the same alone and beside others,
-but for the last bit of its scores.
+but for the last bit of its scores. `Rules.reference` asks for those of transformers 4.28
+and 4.30, which the original has (compat.py).
 
 J is a beam or hypothesis, X a pair of a beam and a token, C one of the pairs that are
-looked at, R = B * J a row of the cache, A a token of the answer, E an end token, S a
-place of the cache or a state of data/stops.py.
+looked at, R = B * J a row of the cache, A a token of the answer, E an end token, U one of
+the likeliest tokens, S a place of the cache or a state of data/stops.py, M a sequence of
+N tokens that ends a search.
 """
 
 import dataclasses
@@ -22,49 +24,19 @@ from flax import nnx
 from minigpt4_jax import sampling
 from minigpt4_jax.data.stops import FOUND
 from minigpt4_jax.decoding import spread
+from minigpt4_jax.hypotheses import (
+    DEAD,
+    Rules,
+    Texts,
+    along,
+    can_improve,
+    collect,
+    end_in,
+    first,
+    take,
+)
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
-
-DEAD = -1e9  # added to the score of what is no beam or no hypothesis
-EARLY = {False: 0, True: 1, "never": 2}  # Sampling.early_stopping as a number
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What B requests ask of their searches.
-
-    end_ids_BE: tokens that end an answer, as many in each row.
-    limit_B: tokens of an answer at most; 0: a spare row.
-    early_B: `EARLY`.
-    next_SV, state_B: stop strings, and in which state an answer begins.
-    """
-
-    controls: sampling.Controls
-    end_ids_BE: jax.Array
-    limit_B: jax.Array
-    length_penalty_B: jax.Array
-    early_B: jax.Array
-    next_SV: jax.Array
-    state_B: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """J beginnings or hypotheses of each request, the best first.
-
-    logprobs_BJA: of the tokens, before all rules.
-    score_BJ: sums of log-probabilities after the rules; of what has ended, over its
-        number of tokens to the power of the length penalty.
-    state_BJ: of the stop strings.
-    """
-
-    ids_BJA: jax.Array
-    logprobs_BJA: jax.Array
-    count_BJ: jax.Array
-    score_BJ: jax.Array
-    state_BJ: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +67,7 @@ class Search:
 class Programs:
     """The compiled programs of one model; `weights` is `nnx.state(model)`.
 
-    begin(cache, last_B, rules, beams=, budget=) -> Search
+    begin(cache, last_B, rules, beams=, budget=, tops=) -> Search
     grow(weights, search, steps) -> Search, by at most so many tokens; donates `search`
     """
 
@@ -111,12 +83,14 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
         return grow(nnx.merge(graphdef, weights), *args)
 
     return Programs(
-        begin=jax.jit(begin, static_argnames=("beams", "budget")),
+        begin=jax.jit(begin, static_argnames=("beams", "budget", "tops")),
         grow=jax.jit(bound, donate_argnums=1),
     )
 
 
-def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Search:
+def begin(
+    cache: Cache, last_B, rules: Rules, *, beams: int, budget: int, tops: int = 0
+) -> Search:
     """Searches before their first token.
 
     Args:
@@ -124,6 +98,7 @@ def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Sea
         last_B: those last tokens.
         budget: A, at least the largest limit. As many places are needed behind the
             prompts: for their last token, and for an answer's without its own last.
+        tops: U.
     """
     B = len(last_B)
     row_R = jnp.repeat(jnp.arange(B), beams)
@@ -133,16 +108,24 @@ def begin(cache: Cache, last_B, rules: Rules, *, beams: int, budget: int) -> Sea
         count_BJ=jnp.zeros((B, beams), jnp.int32),
         score_BJ=jnp.full((B, beams), DEAD, jnp.float32),
         state_BJ=jnp.broadcast_to(rules.state_B[:, None], (B, beams)),
+        top_ids_BJAU=jnp.zeros((B, beams, budget, tops), jnp.int32),
+        top_logprobs_BJAU=jnp.zeros((B, beams, budget, tops), jnp.float32),
     )
+    # One beam alone: all of them are the same yet. The original draws from all.
+    first_BJ = nothing.score_BJ.at[:, 0].set(0)
+    if rules.reference:
+        drawn_B1 = rules.controls.temperature_B[:, None] > 0
+        first_BJ = jnp.where(drawn_B1, 0, first_BJ)
     return Search(
         cache=spread(cache, row_R, budget),
         rules=rules,
         controls=jax.tree.map(lambda x_B: x_B[row_R], rules.controls),
         last_R=last_B[row_R],
         prompt_R=cache.length_B[row_R] + 1,
-        # One beam alone: all of them are the same yet.
-        beams=dataclasses.replace(nothing, score_BJ=nothing.score_BJ.at[:, 0].set(0)),
-        found=nothing,
+        beams=dataclasses.replace(nothing, score_BJ=first_BJ),
+        found=dataclasses.replace(
+            nothing, score_BJ=jnp.full_like(first_BJ, 2 * rules.least)
+        ),
         failed_B=jnp.zeros(B, bool),
         open_B=rules.limit_B > 0,
     )
@@ -170,7 +153,8 @@ def grow(model, search: Search, steps) -> Search:
             search.cache,
         )
         search = dataclasses.replace(search, cache=cache)
-        return step + 1, _extend(search, model.llama.logits(hidden_R1D[:, 0]))
+        extend = _extend_as_the_reference if search.rules.reference else _extend
+        return step + 1, extend(search, model.llama.logits(hidden_R1D[:, 0]))
 
     return jax.lax.while_loop(unfinished, advance, (0, search))[1]
 
@@ -186,16 +170,16 @@ def _extend(search: Search, logits_RV) -> Search:
     ended_BC |= candidates.state_BJ == FOUND
     ended_BC |= candidates.count_BJ >= rules.limit_B[:, None]
     kept_BJ = jax.lax.top_k(candidates.score_BJ + ended_BC * DEAD, J)[1]
-    beams = _take(candidates, kept_BJ)
+    beams = take(candidates, kept_BJ)
     beams = dataclasses.replace(
-        beams, score_BJ=beams.score_BJ + _at(ended_BC, kept_BJ) * DEAD
+        beams, score_BJ=beams.score_BJ + along(ended_BC, kept_BJ) * DEAD
     )
-    found = _collect(search, candidates, ended_BC & open_B1)
-    failed_B = ~jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1)).reshape(B, J).all(1)
-    going_B = _can_improve(rules, beams, found) & ~ended_BC.all(1) & ~failed_B
+    found = collect(rules, search.found, candidates, first(ended_BC, J) & open_B1)
+    failed_B = _failed(logits_RV, B)
+    going_B = can_improve(rules, beams, found) & ~ended_BC.all(1) & ~failed_B
     return dataclasses.replace(
         search,
-        cache=_reorder(search.cache, _at(parent_BC, kept_BJ), places=A),
+        cache=_reorder(search.cache, along(parent_BC, kept_BJ), places=A),
         beams=beams,
         found=found,
         failed_B=search.failed_B | (failed_B & search.open_B),
@@ -203,12 +187,54 @@ def _extend(search: Search, logits_RV) -> Search:
     )
 
 
+def _extend_as_the_reference(search: Search, logits_RV) -> Search:
+    """The same by the rules of transformers 4.28 and 4.30.
+
+    A dummy first id counts in lengths: of what ends by an end token as that token, of
+    what is cut off besides. Beams end at the limit, or when all of them end in one
+    sequence; the likeliest candidate, ended or not, judges whether one can improve.
+    """
+    rules, open_B1 = search.rules, search.open_B[:, None]
+    B, J, A = search.beams.ids_BJA.shape
+    parent_BC, candidates = _candidates(search, logits_RV)
+    count = candidates.count_BJ.max()  # the same in all
+    token_BC = candidates.ids_BJA[:, :, count - 1]
+    ended_BC = (token_BC[..., None] == rules.end_ids_BE[:, None]).any(-1)
+    going_BC = jnp.where(ended_BC, -jnp.inf, candidates.score_BJ)
+    kept_BJ = jax.lax.top_k(going_BC, J)[1]
+    beams = dataclasses.replace(
+        take(candidates, kept_BJ), score_BJ=along(going_BC, kept_BJ)
+    )
+    found = collect(rules, search.found, candidates, first(ended_BC, J) & open_B1)
+    failed_B = _failed(logits_RV, B)
+    done_B = ~can_improve(rules, candidates, found, dummy=1)
+    cut_B = count >= rules.limit_B
+    for sequence_N in rules.sequences_MN:
+        cut_B |= end_in(beams.ids_BJA, count, sequence_N).all(1)
+    over_BJ = (cut_B & ~done_B)[:, None] & open_B1 & jnp.ones((B, J), bool)
+    found = collect(rules, found, beams, over_BJ, dummy=1)
+    return dataclasses.replace(
+        search,
+        cache=_reorder(search.cache, along(parent_BC, kept_BJ), places=A),
+        beams=beams,
+        found=found,
+        failed_B=search.failed_B | (failed_B & search.open_B),
+        open_B=search.open_B & ~done_B & ~cut_B & ~failed_B,
+    )
+
+
+def _failed(logits_RV, B: int):
+    """Requests of which a beam's logits are not finite."""
+    return ~jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1)).reshape(B, -1).all(1)
+
+
 def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
     """The likeliest C pairs of a beam and a next token, and which beam: parent_BC.
 
     C leaves J candidates even when the likeliest token of every beam and all end tokens
     are among them. With a temperature they are drawn without replacement, in the order
-    of the draws: adding Gumbel noise to log-probabilities does that.
+    of the draws: adding Gumbel noise to log-probabilities does that. The original divides
+    the beams' scores by the temperature too, each time, and goes by scores.
     """
     rules, controls, beams = search.rules, search.controls, search.beams
     B, J, A = beams.ids_BJA.shape
@@ -230,6 +256,11 @@ def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
         sampled_B1 = rules.controls.temperature_B[:, None] > 0
         cut_RV = _cut(ruled_RV, controls, least=ends + 1)
         score_BX = add(jnp.where(controls.temperature_B[:, None] > 0, cut_RV, ruled_RV))
+        if rules.reference:
+            heat_B1 = rules.controls.temperature_B[:, None]
+            heat_B1 = jnp.where(heat_B1 > 0, heat_B1, 1)
+            before_BJ1 = (beams.score_BJ * (1 / heat_B1 - 1))[..., None]
+            score_BX = (score_BX.reshape(B, J, V) + before_BJ1).reshape(B, J * V)
         noise_BX = gumbel(rules.controls.key_B, count_R[0], J * V)
         return score_BX, score_BX + jnp.where(sampled_B1, noise_BX, 0)
 
@@ -241,18 +272,41 @@ def _candidates(search: Search, logits_RV) -> tuple[jax.Array, Texts]:
         jnp.any(controls.temperature_B > 0), drawn, likeliest
     )
     chosen_BC = jax.lax.top_k(order_BX, (1 + ends) * J)[1]
+    if rules.reference:
+        sorted_BC = jax.lax.top_k(along(score_BX, chosen_BC), chosen_BC.shape[1])[1]
+        chosen_BC = along(chosen_BC, sorted_BC)
     parent_BC, token_BC = chosen_BC // V, chosen_BC % V
-    longer = _take(beams, parent_BC)
+    longer = take(beams, parent_BC)
     # All beams are as long.
     at = count_R[0]
-    new_BC = _at(logprobs_RV.reshape(B, J * V), chosen_BC)
+    new_BC = along(logprobs_RV.reshape(B, J * V), chosen_BC)
     return parent_BC, Texts(
         ids_BJA=longer.ids_BJA.at[:, :, at].set(token_BC),
         logprobs_BJA=longer.logprobs_BJA.at[:, :, at].set(new_BC),
         count_BJ=longer.count_BJ + 1,
-        score_BJ=_at(score_BX, chosen_BC),
+        score_BJ=along(score_BX, chosen_BC),
         state_BJ=rules.next_SV[longer.state_BJ, token_BC],
+        **_tops(longer, logprobs_RV, parent_BC, at),
     )
+
+
+def _tops(longer: Texts, logprobs_RV, parent_BC, at) -> dict[str, jax.Array]:
+    """The likeliest tokens at place `at`, written into texts that are one token longer."""
+    U = longer.top_ids_BJAU.shape[-1]
+    old = {
+        name: getattr(longer, name) for name in ("top_ids_BJAU", "top_logprobs_BJAU")
+    }
+    if not U:
+        return old
+    B = len(parent_BC)
+    logprobs_RU, ids_RU = jax.lax.top_k(logprobs_RV, U)
+    new = zip(old.items(), (ids_RU, logprobs_RU))
+    return {
+        name: x.at[:, :, at].set(
+            jnp.take_along_axis(top_RU.reshape(B, -1, U), parent_BC[..., None], axis=1)
+        )
+        for (name, x), top_RU in new
+    }
 
 
 def gumbel(key_B, count, size: int):
@@ -275,40 +329,6 @@ def _cut(ruled_RV, controls: sampling.Controls, *, least: int):
     return jnp.where(kept_RV, ruled_RV / temperature_R[:, None], -jnp.inf)
 
 
-def _collect(search: Search, candidates: Texts, ended_BC) -> Texts:
-    """The best J of the hypotheses so far and of the candidates that ended."""
-    found, rules = search.found, search.rules
-    B, J, _ = found.ids_BJA.shape
-    first_C = jnp.arange(ended_BC.shape[1]) < J  # the others are there to go on with
-    new_BC = ended_BC & first_C & (candidates.score_BJ > DEAD / 2)
-    length_BC = candidates.count_BJ.astype(jnp.float32)
-    score_BC = candidates.score_BJ / length_BC ** rules.length_penalty_B[:, None]
-    candidates = dataclasses.replace(
-        candidates,
-        count_BJ=jnp.where(new_BC, candidates.count_BJ, 0),
-        score_BJ=jnp.where(new_BC, score_BC, DEAD),
-    )
-    both = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts, axis=1), found, candidates
-    )
-    return _take(both, jax.lax.top_k(both.score_BJ, J)[1])
-
-
-def _can_improve(rules: Rules, beams: Texts, found: Texts):
-    """Whether a beam may still become a hypothesis that is kept: [B].
-
-    Judged by the best beam as if it ended now; `early_stopping="never"` with a positive
-    length penalty judges it as if it ended at the limit without getting less likely.
-    """
-    patient_B = (rules.early_B == EARLY["never"]) & (rules.length_penalty_B > 0)
-    length_B = jnp.where(patient_B, rules.limit_B, beams.count_BJ[:, 0])
-    length_B = jnp.maximum(length_B, 1).astype(jnp.float32)
-    best_B = beams.score_BJ[:, 0] / length_B**rules.length_penalty_B
-    full_B = (found.count_BJ > 0).all(1)
-    worst_B = jnp.where(full_B, found.score_BJ.min(1), DEAD)
-    return (best_B > worst_B) & ~(full_B & (rules.early_B == EARLY[True]))
-
-
 def _reorder(cache: Cache, parent_BJ, *, places: int) -> Cache:
     """The cache with each row's answer, in the last `places`, that of its new beam."""
     B, J = parent_BJ.shape
@@ -322,17 +342,3 @@ def _reorder(cache: Cache, parent_BJ, *, places: int) -> Cache:
 
     k, v = jax.tree.map(move, (cache.k, cache.v))
     return dataclasses.replace(cache, k=k, v=v)
-
-
-def _take(texts: Texts, index_BJ) -> Texts:
-    """Some of each request's texts."""
-
-    def pick(x):
-        index = index_BJ.reshape(*index_BJ.shape, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1)
-
-    return jax.tree.map(pick, texts)
-
-
-def _at(x_BC, index_BJ):
-    return jnp.take_along_axis(x_BC, index_BJ, axis=1)

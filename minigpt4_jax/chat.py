@@ -15,9 +15,10 @@ from pathlib import Path
 from absl import flags
 
 from minigpt4_jax import errors
+from minigpt4_jax.conversation import Chat
 from minigpt4_jax.data.images import read_image
 from minigpt4_jax.generate import SAMPLING, define_config, given_config
-from minigpt4_jax.generator import Chat, Generator
+from minigpt4_jax.generator import Generator
 from minigpt4_jax.request import Sampling, Usage
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -57,6 +56,8 @@ __all__ = [
     "read_config",
     "read_preset",
     "resolve",
+    "settle",
+    "stored_quantisation",
     "save_directory",
     "save_trainables",
     "structure",
@@ -80,25 +81,27 @@ def load_model(
         absent: patterns of parameter paths that the files may lack; those are drawn
             from `seed` and listed in the log.
         quantisation: what is rounded while it is read, a layer of one tensor at a time,
-            so that the float weights are never held.
+            so that the float weights are never held; what is stored so needs no word.
 
     Raises:
         CheckpointError: listing every absent, unknown and mis-shaped parameter.
+        ConfigError: `quantisation` is another one than that of the files.
     """
     path = Path(path)
     config = read_config(path)
     as_stored = dtypes.param == "file"
     built = replace(dtypes, param="float32") if as_stored else dtypes
-    graphdef, params = structure(config, built, Quantisation())
+    as_written, how = stored_quantisation(path), settle(path, quantisation)
+    graphdef, params = structure(config, built, as_written)
     shapes = {k: v.shape for k, (_, v) in params.items()}
     with contextlib.ExitStack() as files:
         stored = open_all(path, files)
         drawn = check(path, stored, shapes, absent)
         values: dict[str, Any] = _draw(config, built, drawn, seed)
-        if quantisation != Quantisation():
-            graphdef, params = structure(config, built, quantisation)
+        if how != as_written:
+            graphdef, params = structure(config, built, how)
         for name, tensor in stored.items():
-            if f"{name}_scale" in params:
+            if f"{name}_scale" in params.keys() - stored.keys():
                 like = params[name][1], params[f"{name}_scale"][1]
                 for own, rounded in _rounded(name, tensor, *like).items():
                     values[own] = jax.device_put(
@@ -126,6 +129,38 @@ def read_config(path: str | Path) -> MiniGPT4Config:
         return MiniGPT4Config.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{directory}/preset.json: {error}") from error
+
+
+def stored_quantisation(path: str | Path) -> Quantisation:
+    """How a converted directory's weights are stored, or those under a training."""
+    directory = base_directory(path)
+    values = read_json(directory / "manifest.json").get("quantised", {})
+    try:
+        return Quantisation(**values)
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{directory}/manifest.json: quantised is {values!r}; convert again"
+        ) from error
+
+
+def settle(path: str | Path, asked: Quantisation) -> Quantisation:
+    """How a model will be held: as it is stored, and what is stored as floats as asked.
+
+    Raises ConfigError where it is stored in few bits and asked for in others.
+    """
+    stored = stored_quantisation(path)
+    for flag, name in (("quantize", "decoder"), ("vision", "vision")):
+        want, have = getattr(asked, name), getattr(stored, name)
+        if have and want not in ("", have):
+            raise ConfigError(
+                f"{flag}={want!r}: {base_directory(path)} is stored in {have}; leave "
+                f"{flag} out, or convert its files again with another --{flag}"
+            )
+    return replace(
+        asked,
+        decoder=stored.decoder or asked.decoder,
+        vision=stored.vision or asked.vision,
+    )
 
 
 def read_preset(name_or_path: str | Path) -> MiniGPT4Config:
@@ -167,6 +202,11 @@ def load_trainables(model: MiniGPT4, path: str | Path) -> list[str]:
         check(path, stored, shapes, ())
         for name, tensor in stored.items():
             old = variables[name][...]
+            if (old.dtype.kind in "iu") != (_dtype(tensor).kind in "iu"):
+                raise CheckpointError(
+                    f"{path}: {name} is {_dtype(tensor)}, and in the model {old.dtype}; "
+                    "load the model without quantize, or with that of the file"
+                )
             variables[name][...] = _read(tensor, old.dtype, old.sharding)
     logger.info("%d parameters from %s", len(stored), path)
     return sorted(stored)
@@ -194,14 +234,18 @@ def read_arrays(
         return {name: np.asarray(tensor[...]) for name, tensor in stored.items()}
 
 
-def parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    config: MiniGPT4Config, quantisation: Quantisation = Quantisation()
+) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a preset by path, without making any."""
-    return dict(_parameter_shapes(config))
+    return dict(_parameter_shapes(config, quantisation))
 
 
 @functools.cache  # a plan asks for hundreds of meshes
-def _parameter_shapes(config: MiniGPT4Config) -> dict[str, tuple[int, ...]]:
-    _, params = structure(config, DTypes(), Quantisation())
+def _parameter_shapes(
+    config: MiniGPT4Config, quantisation: Quantisation
+) -> dict[str, tuple[int, ...]]:
+    _, params = structure(config, DTypes(), quantisation)
     return {name: tuple(param.shape) for name, (_, param) in params.items()}
 
 
@@ -327,6 +371,7 @@ def _draw(
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES |= {"I8": "int8", "U8": "uint8"}
 
 
 def _dtype(tensor: Any) -> np.dtype:
@@ -361,19 +406,11 @@ def _rounded(name: str, tensor: Any, like: Any, scale: Any) -> dict[str, np.ndar
     Args:
         like, scale: shapes and dtypes that MiniGPT4.quantise gives them.
     """
-    names = (name, f"{name}_scale")
-    if name.endswith("embedding"):
-        whole, made_scale = quantised.int8(jnp.asarray(tensor[...]).T)
-        return dict(zip(names, (np.asarray(whole.T), np.asarray(made_scale))))
-    if like.dtype == jnp.uint8:
-        make, ins = quantised.int4, 2 * like.shape[-2]
-    else:
-        make, ins = quantised.int8, math.prod(like.shape) // math.prod(scale.shape)
     stacked = "/blocks/" in name
     layers = like.shape[0] if stacked else 1
     made = tuple(np.empty(x.shape, x.dtype) for x in (like, scale))
     for i in range(layers):
         layer = tensor[i : i + 1] if stacked else tensor[...]
-        for whole, part in zip(made, make(jnp.asarray(layer).reshape(ins, -1))):
+        for whole, part in zip(made, quantised.rounded(name, layer, like, scale)):
             whole.reshape(layers, -1)[i] = np.ravel(part)
-    return dict(zip(names, made))
+    return dict(zip((name, f"{name}_scale"), made))

@@ -37,6 +37,7 @@ class Chip:
     hertz: at which its peak is reached with the units it has.
     link: bytes a second of one link in one direction (jax-ml.github.io/scaling-book,
         as `network`, the share of one chip in the network between slices).
+    hbm: bytes a second of its memory.
     dims: of the torus. wrap: sizes of an axis that are multiples of it are rings.
     options: of jax.experimental.topologies.
     """
@@ -47,6 +48,7 @@ class Chip:
     hertz: float
     link: float
     network: float
+    hbm: float
     dims: int
     wrap: int
     options: tuple[tuple[str, str], ...] = ()
@@ -61,17 +63,21 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            *("v4", "TPU v4", int(30.75 * GIB), 1.05e9, 45e9, 6.25e9, 3, 4),
+            *("v4", "TPU v4", int(30.75 * GIB), 1.05e9, 45e9, 6.25e9, 1228e9),
+            *(3, 4),
             # Else a device would be one of a chip's two cores.
             options=(("chip_config_name", "megacore"),),
         ),
         Chip(
-            *("v5e", "TPU v5 lite", int(15.75 * GIB), 1.5e9, 45e9, 3.125e9),
+            *("v5e", "TPU v5 lite", int(15.75 * GIB), 1.5e9, 45e9, 3.125e9, 819e9),
             *(2, 16),
         ),
-        Chip(*("v5p", "TPU v5", int(95.74 * GIB), 1.75e9, 90e9, 6.25e9, 3, 4)),
         Chip(
-            *("v6e", "TPU v6 lite", int(31.25 * GIB), 1.75e9, 90e9, 12.5e9),
+            *("v5p", "TPU v5", int(95.74 * GIB), 1.75e9, 90e9, 6.25e9, 2765e9),
+            *(3, 4),
+        ),
+        Chip(
+            *("v6e", "TPU v6 lite", int(31.25 * GIB), 1.75e9, 90e9, 12.5e9, 1640e9),
             *(2, 16),
         ),
     )
@@ -135,14 +141,14 @@ class Slice:
         if len(slices) > 1:
             rate = self.chip.network * n / len(slices)
         else:
-            rate = self._links([device.coords for device in group])
+            rate = self.links([device.coords for device in group])
         if collective.kind == "collective-permute":
             return collective.bytes / self.chip.link
         # Each byte crosses a ring once; to be reduced and given back, twice.
         times = {"all-reduce": 2.0, "all-to-all": 0.25}.get(collective.kind, 1.0)
         return times * collective.bytes * (n - 1) / n / rate
 
-    def _links(self, coords: Sequence[Sequence[int]]) -> float:
+    def links(self, coords: Sequence[Sequence[int]]) -> float:
         """Bytes a second into the chip of a group that has the fewest links."""
         rate = 0.0
         for axis in range(self.chip.dims):

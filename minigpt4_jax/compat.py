@@ -10,6 +10,9 @@ What its `Chat` and Hugging Face's generate (4.28, inputs_embeds) do where we do
   system text and images.
 - The text is what stands before the first `###` and after the last `Assistant:`, known
   when the answer ends and sent then.
+- Beams (beam.py): the dummy counts in lengths, no beam ends by itself but at an end id,
+  all of them end when each ends in one of the chat's stops, and with a temperature the
+  scores so far are divided by it at each token.
 
 Its stop wants all rows of a batch to end alike; a chat has one row. Its defaults, the
 hidden top-k of 50 among them, are those of `Sampling`. Texts of users are still no

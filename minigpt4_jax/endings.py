@@ -28,14 +28,17 @@ class Endings:
         return (*self.tokenizer.eos_ids, *request.sampling.stop_ids)
 
     def strings(self, request: Request) -> tuple[str, ...]:
-        """Strings that end its answers, unless compat's rules do."""
-        return (*request.stop, *self.template.stop)
+        """Strings that end its answers; none where compat's rules do."""
+        return () if request.compat else (*request.stop, *self.template.stop)
+
+    def rules(self, request: Request) -> compat.Rules | None:
+        """The original's, where a request wants those."""
+        return compat.find_rules(self.template) if request.compat else None
 
     def first_id(self, request: Request) -> int | None:
         """A token that counts as generated before the first one; None: there is none."""
-        if request.compat:
-            return compat.find_rules(self.template).first_id
-        return None
+        rules = self.rules(request)
+        return rules and rules.first_id
 
     def answer(self, request: Request) -> Answer:
         """The text of one of its answers, empty yet."""

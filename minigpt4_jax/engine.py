@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import compat, compilations, decoding
+from minigpt4_jax import compat, compilations, decoding, reading
 from minigpt4_jax.data.images import preprocess, read_image
 from minigpt4_jax.data.prompts import find_template, render, without_oldest
 from minigpt4_jax.data.tokens import Tokenizer, lay_out
@@ -22,16 +22,13 @@ from minigpt4_jax.errors import ConfigError, InputError
 from minigpt4_jax.models.layers import unstack
 from minigpt4_jax.models.llama import Llama
 from minigpt4_jax.models.minigpt4 import MiniGPT4
-from minigpt4_jax.pool import Empty, Pool, Shapes, fitted
+from minigpt4_jax.pool import LEAST_PLACES, Empty, Pool, Shapes, bucket, fitted
 from minigpt4_jax.reading import PIECES, Prepared, Reader
 from minigpt4_jax.request import Event, Message, Request, Sampling
 from minigpt4_jax.schedule import Schedule
-from minigpt4_jax.searches import Searcher
+from minigpt4_jax.searches import LEAST_BUDGET, Kind, Searcher
 
 logger = logging.getLogger(__name__)
-
-
-PREFIX_BYTES = 512 << 20  # of caches kept of prompts' beginnings
 
 
 class Engine:
@@ -44,7 +41,7 @@ class Engine:
         drafts: tokens guessed from the text so far and checked in each forward pass.
         places: None: shapes follow the rows. A number: all rows are computed in one
             shape, which holds so many tokens of prompt and answer (pool.py).
-        prefix_bytes: of caches kept of prompts' beginnings.
+        prefix_bytes: of caches kept of prompts' beginnings; None: reading.prefix_bytes.
 
     Attributes:
         reader: what is kept of images and prefixes; it assumes that the weights stay.
@@ -59,7 +56,7 @@ class Engine:
         chunk: int = 8,
         drafts: int = 0,
         places: int | None = None,
-        prefix_bytes: int = PREFIX_BYTES,
+        prefix_bytes: int | None = None,
     ):
         least = (("batch_size", slots, 1), ("chunk", chunk, 1), ("drafts", drafts, 0))
         for name, value, wanted in (*least, ("places", places or 1, 1)):
@@ -87,6 +84,14 @@ class Engine:
         sizes = (self.cfg.llama.width, self.cfg.llama.vocab_size)
         self.searcher = Searcher(graphdef, self.weights, tokenizer, sizes[1])
         self.empty = Empty(self.programs, self.weights, self.endings.most_ids, *sizes)
+        if prefix_bytes is None:
+            one = jax.eval_shape(
+                lambda: self.programs.new_cache(
+                    self.weights, batch=1, places=LEAST_PLACES
+                )
+            )
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+            prefix_bytes = reading.prefix_bytes(-(-size // LEAST_PLACES), slots)
         self.reader = Reader(
             self.programs,
             self.weights,
@@ -188,10 +193,13 @@ class Engine:
             for schedule in self._schedules:
                 schedule.cancel(request_id)
 
-    def warm_up(self, tokens: int) -> int:
+    def warm_up(self, tokens: int, beams: Sequence[int] = ()) -> int:
         """Compile what conversations of up to `tokens` tokens need, answers included.
 
         Returns how many programs that were, those read from the disk included.
+
+        Args:
+            beams: numbers of beams of searches, with the template's own ends.
         """
         began, before = time.perf_counter(), compilations.count()
         self._warm_vision()
@@ -207,10 +215,29 @@ class Engine:
                 pool.decode(1)
                 pool.take(0)
                 pool.look(tops=True)
+            for number in beams:
+                self._warm_searches(number, row, tokens)
         compiled = compilations.count() - before
         seconds = time.perf_counter() - began
         logger.info("Warm-up: %d programs in %.1f s", compiled, seconds)
         return compiled
+
+    def _warm_searches(self, beams: int, row: decoding.Decoding, tokens: int) -> None:
+        """Searches whose longest prompt fits the places of `row`."""
+        places = row.tokens_BS.shape[1]
+        least = places // 2 if places > self.shapes.room(1) else 0  # of the prompt
+        kind = Kind(beams, len(self.tokenizer.eos_ids), tuple(self.template.stop))
+        budgets = [LEAST_BUDGET]
+        while budgets[-1] < tokens - least:
+            budgets.append(2 * budgets[-1])
+        batch = 1
+        while batch <= bucket(self.shapes.searches(beams)):
+            state = self.empty(batch, places)
+            if batch > 1:
+                state = self.programs.insert(state, row, 0)
+            for budget in budgets:
+                self.searcher.warm_up(kind, state.cache, budget)
+            batch *= 2
 
     def _warm_vision(self) -> None:
         size = self.cfg.vit.image_size

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from minigpt4_jax import checkpoint, sharding, storage
+from minigpt4_jax import alive, checkpoint, sharding, storage
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.sources import Examples
 from minigpt4_jax.errors import ConfigError, DataError, InputError
@@ -121,6 +121,7 @@ def _extract(
             if image is None:
                 row.flat[0], bad = np.nan, bad + 1
         out[rows.start : rows.stop] = values.view(stored)
+        alive.sign()
         if (i // batch) % SAVE_EVERY == SAVE_EVERY - 1:
             out.flush()
             _write_count(count, rows.stop)
@@ -141,7 +142,7 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             logger.info("waiting for another run that makes features in %s", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            alive.lock(handle)
         yield
     finally:
         os.close(handle)

@@ -14,21 +14,21 @@ from typing import Any
 import jax
 
 from minigpt4_jax import checkpoint, locate, memory
-from minigpt4_jax.data.images import ImageSource, read_image
+from minigpt4_jax.conversation import Chat, Images, images, pieces
 from minigpt4_jax.data.tokens import Tokenizer, load_tokenizer
-from minigpt4_jax.engine import PREFIX_BYTES, Engine
-from minigpt4_jax.errors import ConfigError, InputError, unknown
+from minigpt4_jax.engine import Engine
+from minigpt4_jax.errors import ConfigError, unknown
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.reading import Prepared
-from minigpt4_jax.request import GREEDY, Event, Message, Request, Sampling, user
+from minigpt4_jax.request import GREEDY, Event, Request, Sampling, user
 from minigpt4_jax.score import Score, score
+from minigpt4_jax.score import warm_up as score_warm_up
 
 logger = logging.getLogger(__name__)
 
 FLOATS = ("float32", "bfloat16", "float16")
-Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 
 
 class Generator:
@@ -44,7 +44,8 @@ class Generator:
             (beam searches excepted; not with drafts). None: in shapes that follow the
             batch, which are faster but differ in the last bit of their sums.
         prefix_bytes: memory for what was read up to an image, for other questions
-            about that image; 0 keeps nothing.
+            about that image; 0 keeps nothing. None: for an image of each answer that
+            is decoded and one more, or 64 MiB if that is more.
 
     Attributes:
         engine: what answers; `Server` runs it for many threads.
@@ -62,7 +63,7 @@ class Generator:
         chunk: int = 8,
         drafts: int = 0,
         places: int | None = None,
-        prefix_bytes: int = PREFIX_BYTES,
+        prefix_bytes: int | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -99,6 +100,7 @@ class Generator:
             dtype: of weights and products; default float32 on CPU, else bfloat16.
             quantize: "int8" or "int4" rounds the decoder's weights while they are read;
                 vision="int8" does it to the ViT's, and kv="int8" to keys and values.
+                What was converted with --quantize is so without a word.
             options: batch_size, chunk, drafts, places, prefix_bytes, as above.
 
         Raises:
@@ -108,8 +110,8 @@ class Generator:
         """
         _keep_compiled_programs()
         dtypes = default_dtypes(dtype)
-        quantisation = Quantisation(quantize, vision, kv)
         path = checkpoint.resolve(name_or_path)
+        quantisation = checkpoint.settle(path, Quantisation(quantize, vision, kv))
         batch, tokens = options.get("batch_size", 8), options.get("places")
         need = memory.needs(
             checkpoint.read_config(path),
@@ -117,7 +119,7 @@ class Generator:
             quantisation,
             batch=batch,
             tokens=tokens or memory.TOKENS,
-            prefix_bytes=options.get("prefix_bytes", PREFIX_BYTES),
+            prefix_bytes=options.get("prefix_bytes"),
         )
         logger.info("memory: %s", need)
         with memory.told(need):
@@ -160,9 +162,9 @@ class Generator:
     ) -> Iterator[str]:
         """The answer in pieces of whole characters, as they are decoded."""
         request = Request(
-            [user(prompt, *_images(image))], sampling=sampling, stop=stop, seed=seed
+            [user(prompt, *images(image))], sampling=sampling, stop=stop, seed=seed
         )
-        return _pieces(self.submit([request]))
+        return pieces(self.submit([request]))
 
     def score(
         self,
@@ -183,7 +185,7 @@ class Generator:
         Raises:
             InputError: an image cannot be read, an answer does not fit, or has no token.
         """
-        messages = [user(prompt, *_images(image))]
+        messages = [user(prompt, *images(image))]
         with memory.told(self.need):
             return score(self.engine, messages, answers, end=end)
 
@@ -196,7 +198,7 @@ class Generator:
         seed: int = 0,
         overflow: str = "error",
         compat: str | None = None,
-    ) -> "Chat":
+    ) -> Chat:
         """A conversation; its defaults are the reference's (temperature 1, top-p 0.9).
 
         `Request` tells what `overflow` and `compat` do.
@@ -224,97 +226,25 @@ class Generator:
         """End a request that was submitted, within a chunk; from any thread."""
         self.engine.cancel(request_id)
 
-    def warm_up(self, tokens: int = 512) -> int:
+    def warm_up(
+        self, tokens: int = 512, *, beams: Sequence[int] = (), scores: bool = False
+    ) -> int:
         """Compile all programs for prompts and answers of up to `tokens` together.
 
         Returns how many there are; nothing is compiled afterwards for conversations that
-        fit, but for beam searches and scores.
+        fit, nor for what else is named here.
+
+        Args:
+            beams: beam searches of these numbers of beams, as long as they have no stop
+                strings and ids of their own, no top_logprobs and no compat.
+            scores: `score`, of answers that fit as well.
         """
-        return self.engine.warm_up(tokens)
+        compiled = self.engine.warm_up(tokens, beams)
+        return compiled + (score_warm_up(self.engine, tokens) if scores else 0)
 
     def prepare(self, request: Request) -> Prepared:
         """A request checked and ready for `submit`: raises InputError now, not then."""
         return self.engine.prepare(request)
-
-
-class Chat:
-    """A conversation that remembers its turns and images.
-
-    Attributes:
-        messages: the turns so far.
-        sampling: how the next answers are drawn.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        *,
-        system: str | None = None,
-        sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        overflow: str = "error",
-        compat: str | None = None,
-    ):
-        self.generator = generator
-        self.sampling = sampling
-        self._stop = tuple(stop)
-        self._seed = seed
-        self._overflow = overflow
-        self._compat = compat
-        self._system = [] if system is None else [Message("system", system)]
-        self.messages: list[Message] = []
-        self.reset()
-
-    def ask(self, text: str, image: Images = None) -> str:
-        """The whole answer to the next turn; an image stays in the conversation."""
-        return "".join(self.stream(text, image))
-
-    def stream(self, text: str, image: Images = None) -> Iterator[str]:
-        """The answer in pieces."""
-        return _pieces(self.events(text, image))
-
-    def events(self, text: str, image: Images = None) -> Iterator[Event]:
-        """The answer as events; what was said when the caller stops is remembered.
-
-        A turn that fails leaves the conversation as it was.
-        """
-        images = [read_image(source) for source in _images(image)]
-        turn = user(text, *images)
-        request = Request(
-            [*self.messages, turn],
-            sampling=self.sampling,
-            stop=self._stop,
-            seed=(self._seed + len(self.messages)) % 2**32,
-            overflow=self._overflow,
-            compat=self._compat,
-        )
-        said: list[str] = []
-        try:
-            for event in self.generator.submit([request]):
-                said = [] if event.error else [*said, event.piece]
-                yield event
-        finally:
-            if said:
-                self.messages += [turn, Message("assistant", "".join(said))]
-
-    def reset(self) -> None:
-        """Forget all turns and images, but not the system message."""
-        self.messages = list(self._system)
-
-
-def _images(image: Images) -> list[ImageSource]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]
-
-
-def _pieces(events: Iterable[Event]) -> Iterator[str]:
-    for event in events:
-        if event.error is not None:
-            raise InputError(event.error)
-        if event.piece:
-            yield event.piece
 
 
 def default_dtypes(dtype: str | None) -> DTypes:

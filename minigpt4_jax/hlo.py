@@ -121,24 +121,42 @@ class Program:
         """
         return self._seconds(self.entry, cycle_s, collective_s, frozenset())
 
+    def runs(self) -> Iterator[tuple[str, Instruction, int]]:
+        """What a device runs one by one: (computation, instruction, how often)."""
+        yield from self._runs(self.entry, 1)
+
+    def flops(self, name: str, i: Instruction) -> int:
+        """Of the dot products in an instruction of a computation, for one run."""
+        return total(list(self._dots_in(i, self._types[name], 1)))
+
+    def _runs(self, name: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
+        for i in self.computations[name]:
+            if i.operation in ("while", "call", "conditional"):
+                for called in i.called:
+                    yield from self._runs(called, times * self._trips(i))
+            else:
+                yield name, i, times
+
     def slowest(self, count: int) -> list[tuple[int, str, str]]:
         """(cycles with loops, name, operation in the source) of the largest fusions."""
         found = sorted(self._cycles(self.entry, 1), reverse=True)
         return found[:count]
 
     def _dots(self, name: str, times: int) -> Iterator[Dot]:
-        types = self._types[name]
         for i in self.computations[name]:
-            if i.operation == "dot":
-                yield Dot(shape(i.type), _dot_flops(i, types), times)
-            elif i.operation == "convolution":
-                yield Dot(shape(i.type), _convolution_flops(i, types), times)
-            elif i.operation == "custom-call":
-                target = re.search(r'custom_call_target="([^"]*)"', i.rest)
-                if target and re.search("matmul|gemm|dot|conv", target[1]):
-                    raise ValueError(f"cannot count {i.rest[:120]}")
-            for called in i.called:
-                yield from self._dots(called, times * self._trips(i))
+            yield from self._dots_in(i, self._types[name], times)
+
+    def _dots_in(self, i: Instruction, types: dict[str, str], times: int):
+        if i.operation == "dot":
+            yield Dot(shape(i.type), _dot_flops(i, types), times)
+        elif i.operation == "convolution":
+            yield Dot(shape(i.type), _convolution_flops(i, types), times)
+        elif i.operation == "custom-call":
+            target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+            if target and re.search("matmul|gemm|dot|conv", target[1]):
+                raise ValueError(f"cannot count {i.rest[:120]}")
+        for called in i.called:
+            yield from self._dots(called, times * self._trips(i))
 
     def _trips(self, i: Instruction) -> int:
         if i.operation != "while":
@@ -175,26 +193,12 @@ class Program:
                 key = _channel(inner)
                 if key and key not in seen:
                     seen.add(key)
-                    yield self._collective(inner, times)
+                    yield from _exchanged(inner, times)
 
     def _spread(self, name: str) -> frozenset[str]:
         """Collectives within fusions of a computation, which a loop in it may go on with."""
         fused = (inner for i in self.computations[name] for inner in self._inside(i))
         return frozenset(_channel(inner) for inner in fused)
-
-    def _collective(self, i: Instruction, times: int = 1) -> Collective:
-        kind = i.operation.removesuffix("-start")
-        type_ = i.type
-        if i.type.startswith("("):  # of a start: operands and results
-            parts = re.findall(r"\w+\[[\d,]*\]", i.type)
-            type_ = (
-                parts[1] if kind in ("all-gather", "collective-permute") else parts[0]
-            )
-        size = _bytes(type_)
-        groups = _groups(i.rest)
-        if kind == "reduce-scatter":
-            size *= len(groups[0])
-        return Collective(kind, shape(type_), size, groups, times)
 
     def _seconds(
         self, name: str, cycle_s: float, collective_s: Callable, outer: frozenset
@@ -224,7 +228,7 @@ class Program:
             for inner in [i, *self._inside(i)]:
                 key = _channel(inner)
                 if key and key not in ends and key not in outer:
-                    took = collective_s(self._collective(inner))
+                    took = sum(map(collective_s, _exchanged(inner)))
                     ends[key] = link = max(now, link) + took
                     exchange += took
             if cycles := CYCLES.search(i.rest):
@@ -264,10 +268,28 @@ def shape(type_: str) -> tuple[int, ...]:
     return tuple(int(size) for size in inside.split(",")) if inside else ()
 
 
-def _bytes(type_: str) -> int:
+def size(type_: str) -> int:
+    """ "f32[3,5]{1,0}" -> 60 bytes."""
     kind = type_.partition("[")[0]
     bits = BITS.get(kind) or int(re.sub(r"\D*(\d+).*", r"\1", kind))
     return math.prod(shape(type_)) * bits // 8
+
+
+def _exchanged(i: Instruction, times: int = 1) -> list[Collective]:
+    """The parts of a collective instruction, of which the compiler may make one of many."""
+    kind = i.operation.removesuffix("-start")
+    parts = re.findall(r"\w+\[[\d,]*\]", i.type)
+    if i.operation.endswith("-start"):  # operands and results, or what sends them
+        if kind == "all-gather":
+            parts = parts[len(parts) // 2 :]
+        elif kind == "collective-permute":
+            parts = parts[1:2]
+    groups = _groups(i.rest)
+    whole = len(groups[0]) if kind == "reduce-scatter" else 1
+    return [
+        Collective(kind, shape(part), size(part) * whole, groups, times)
+        for part in parts
+    ]
 
 
 def _channel(i: Instruction) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-from minigpt4_jax import checkpoint
+from minigpt4_jax import checkpoint, reading
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
@@ -80,13 +80,13 @@ def needs(
     *,
     batch: int = 1,
     tokens: int = TOKENS,
-    prefix_bytes: int = 0,
+    prefix_bytes: int | None = None,
 ) -> Needs:
     """What rows of so many tokens, prompt and answer, need, each with one image.
 
     Args:
         dtypes: `param` must be a dtype.
-        prefix_bytes: as of Generator; each row's own prefix is counted up to that.
+        prefix_bytes: as of Generator; counted as if it were full.
     """
     _, params = checkpoint.structure(config, dtypes, quantisation)
     weights: Counter[str] = Counter()
@@ -101,11 +101,14 @@ def needs(
     size = jnp.dtype(dtypes.compute).itemsize
     llama = config.llama
     entry = llama.head_size + 4 if quantisation.kv else llama.head_size * size
-    row = 2 * tokens * llama.num_layers * llama.num_kv_heads * entry
+    place = 2 * llama.num_layers * llama.num_kv_heads * entry
+    row = tokens * place
+    if prefix_bytes is None:
+        prefix_bytes = reading.prefix_bytes(place, batch)
     return Needs(
         weights=dict(weights),
         kv=(batch + 1) * row,  # one more is being read
-        prefixes=min(prefix_bytes, batch * row),
+        prefixes=prefix_bytes,
         images=_images(config, size, quantisation, min(batch, IMAGES_AT_ONCE))
         + qformer,
         activations=_text(config, size, quantisation, batch, tokens),

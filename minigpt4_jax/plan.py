@@ -28,8 +28,11 @@ from minigpt4_jax import (
     chips,
     errors,
     flops,
+    formula,
+    hlo,
     locate,
     projection,
+    roofline,
     run_config,
     sharding,
 )
@@ -289,13 +292,9 @@ def table(cfg, preset: MiniGPT4Config, lengths: Lengths, args) -> int:
     for chip in chips.CHIPS.values():
         for size in SIZES:
             on = chips.slices(chip, size)
-            rows = [
-                projection.formula(cfg, preset, on, mesh, lengths)
-                for mesh in projection.meshes(preset, on, cfg.batch_size)
-            ]
-            rows = [row for row in rows if row.fits]
-            if rows:
-                found.append((on, max(rows, key=lambda row: row.mfu)))
+            row = formula.best(cfg, preset, on, lengths)
+            if row is not None:
+                found.append((on, row))
     if not found:
         raise ConfigError(
             f"no slice of {SIZES[0]} to {SIZES[-1]} chips holds a batch of "
@@ -327,7 +326,7 @@ def table(cfg, preset: MiniGPT4Config, lengths: Lengths, args) -> int:
 
 
 def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) -> str:
-    """Memory and work of the step on the devices of this machine; nothing is run."""
+    """Memory and time of the step on the devices of this machine; it is not run."""
     devices = jax.devices()
     axes = parse_mesh(mesh_text, cfg, len(devices))
     mesh = sharding.make_mesh(**axes, devices=devices)
@@ -348,6 +347,10 @@ def local(cfg, preset: MiniGPT4Config, lengths: Lengths, mesh_text: str | None) 
     ]
     if peak:
         lines.append(f"at 100 % MFU {1e3 * work / peak:.1f} ms a step")
+    rates = roofline.measure(dtypes.compute)
+    shared = len(devices) if devices[0].platform == "cpu" else 1  # the same cores
+    found = roofline.project(hlo.Program(compiled.as_text()), rates, work, shared)
+    lines.append(f"{found} a step, {cfg.batch_size / found.seconds:.1f} examples/s")
     return "\n".join(lines)
 
 

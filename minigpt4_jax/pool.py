@@ -44,6 +44,10 @@ class Shapes:
         small = [4**i for i in range(self.slots.bit_length()) if 4**i < self.slots]
         return (*small, self.slots)
 
+    def searches(self, beams: int) -> int:
+        """Beam searches that run together."""
+        return max(1, self.slots // beams)
+
     def room(self, tokens: int) -> int:
         """Places of a batch whose longest row needs `tokens`."""
         if self.places is None:

@@ -1,11 +1,11 @@
-"""What a step will take on devices that are not here: compiled for them, or by formula.
+"""What a step will take on devices that are not here, compiled for them.
 
 Nothing is loaded: shapes and places are enough to compile the real step of a config.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from minigpt4_jax.chips import Slice
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.step import answer_loss, make_step, new_state, without_values
 
 BFLOAT16 = DTypes("bfloat16", "bfloat16", "bfloat16")
@@ -54,7 +55,7 @@ class Projection:
     """Of one step on every device; bytes of one device, seconds of all together.
 
     seconds: of a step; compute, collectives: of it, if each ran by itself.
-    compile_seconds, slowest, exchanged: not of `formula`, which compiles nothing.
+    compile_seconds, slowest, exchanged: not of formula.py, which compiles nothing.
     """
 
     batch: int
@@ -91,7 +92,6 @@ class Projection:
 
 def useful(cfg, preset: MiniGPT4Config, batch: int, lengths: Lengths) -> int:
     """FLOPs that a step of so many examples has to do, by the formula of flops.py."""
-    part, trained = _part(cfg, preset)
     tokens = lengths.tokens
     work = flops.Work(
         images=batch,
@@ -99,13 +99,17 @@ def useful(cfg, preset: MiniGPT4Config, batch: int, lengths: Lengths) -> int:
         pairs=batch * tokens * (tokens + 1) // 2,
         answers=batch * lengths.answer,
     )
-    return flops.costs(preset, trained, part)(work)
+    return _part(preset, tuple(cfg.trainable), bool(cfg.cache.dtype))[1](work)
 
 
-def _part(cfg, preset: MiniGPT4Config) -> tuple[str, list[str]]:
-    trained = optim.select(checkpoint.parameter_shapes(preset), cfg.trainable)
-    cached = features.frozen_part(preset, trained) if cfg.cache.dtype else "pixels"
-    return cached, trained
+@functools.cache  # the formula asks for thousands of meshes and batches
+def _part(
+    preset: MiniGPT4Config, trainable: tuple[str, ...], cached: bool
+) -> tuple[str, flops.Costs]:
+    """What a batch has of its images, and what a step costs."""
+    trained = optim.select(checkpoint.parameter_shapes(preset), trainable)
+    part = features.frozen_part(preset, trained) if cached else "pixels"
+    return part, flops.costs(preset, trained, part)
 
 
 def batch_without_values(cfg, preset: MiniGPT4Config, mesh: Mesh, lengths: Lengths):
@@ -122,7 +126,7 @@ def batch_without_values(cfg, preset: MiniGPT4Config, mesh: Mesh, lengths: Lengt
         per_row = math.ceil(each / rows_each)
         answers = math.ceil(per_row * lengths.answer / (1 - PADDING))
     side, vit = preset.vit.image_size, preset.vit
-    part = _part(cfg, preset)[0]
+    part = _part(preset, tuple(cfg.trainable), bool(cfg.cache.dtype))[0]
     images = {
         "pixels": ("pixels_BHWC", (examples, side, side, 3), jnp.uint8),
         "patches": ("patches_BPE", (examples, vit.num_patches, vit.width), jnp.float16),
@@ -159,7 +163,9 @@ def lower_step(
 ):
     """The training step of a config, lowered for the mesh's devices."""
     found = without_values(
-        preset, cfg.trainable, mesh, dtypes, remat=cfg.remat == "block"
+        *(preset, cfg.trainable, mesh, dtypes),
+        remat=cfg.remat == "block",
+        quantisation=Quantisation(cfg.quantize),
     )
     optimizer = optim.make_optimizer(cfg.optim)
     step = make_step(
@@ -241,96 +247,11 @@ def read(compiled, on: Slice, mesh: Mesh, **known) -> Projection:
     )
 
 
-# By formula.
-
-EFFICIENCY = 0.58  # of the peak, by what is computed
-SLOWER = {1: 1.0, 2: 1.07, 4: 1.37, 8: 2.0}  # by tensor: products are cut small
-EXPOSED = 0.3  # of the shorter of compute and collectives: what does not overlap
-
-
-def formula(
-    cfg, preset: MiniGPT4Config, on: Slice, mesh: dict[str, int], lengths: Lengths
-) -> Projection:
-    """The same without compiling, in a millisecond: roughly, to choose what to compile.
-
-    Compute runs at EFFICIENCY of the peak; weights are gathered twice, and activations
-    summed over `tensor`, where the next product waits for them, at the bandwidth of the
-    links. The constants are from steps compiled for v5e.
-    """
-    shapes = checkpoint.parameter_shapes(preset)
-    stacks = {t: _bytes(shapes, f"{t}/blocks/") for t in ("vit", "llama")}
-    rest = _bytes(shapes, "") - sum(stacks.values())
-    split = mesh["fsdp"] * mesh["tensor"]
-    parts = mesh["data"] * mesh["fsdp"]
-    examples = cfg.batch_size / cfg.optim.accumulate / parts
-    llama, vit = preset.llama, preset.vit
-    tokens = examples * lengths.tokens / (1 - PADDING)
-    held = sum(stacks.values()) / split + rest / mesh["fsdp"]
-    layer = 2 * stacks["llama"] / llama.num_layers / mesh["tensor"]
-    kept = (
-        2 * llama.width
-        if cfg.remat == "block"
-        else 2 * (5 * llama.width + 2 * llama.mlp_width) / mesh["tensor"]
-    )
-    pixels = examples * vit.num_patches * (10 * vit.width + 4 * vit.mlp_width)
-    activations = tokens * llama.num_layers * kept + pixels
-    logits = 6 * examples * lengths.answer * llama.vocab_size / mesh["tensor"]
-    temporaries = int(layer + activations + logits + 4 * llama.vocab_size * llama.width)
-    work = useful(cfg, preset, cfg.batch_size, lengths)
-    again = 1.5 if cfg.remat == "block" else 1.0
-    done = work * (again / (1 - PADDING))
-    gathered = (stacks["vit"] + 2 * stacks["llama"]) / mesh["tensor"]
-    gathered *= cfg.optim.accumulate * (mesh["fsdp"] > 1)
-    summed = 4 * llama.num_layers * tokens * llama.width * 2 * (mesh["tensor"] > 1)
-    summed *= cfg.optim.accumulate
-    chip = on.chip
-    links = chip.link * chip.dims * (2 if on.ring(0) else 1)
-    gathers = gathered / links
-    sums = 2 * summed / (chip.link * (2 if on.ring(0) else 1))
-    compute = done / on.chips / (chip.peak * EFFICIENCY) * SLOWER[mesh["tensor"]]
-    return Projection(
-        batch=cfg.batch_size,
-        mesh=mesh,
-        chips=on.chips,
-        arguments=int(held),
-        temporaries=temporaries,
-        peak=int(held) + temporaries,
-        memory=chip.memory,
-        useful_flops=work,
-        compiled_flops=int(done / on.chips),
-        collective_bytes=int(gathered + summed),
-        compute=compute,
-        collectives=gathers + sums,
-        seconds=max(compute, gathers) + EXPOSED * min(compute, gathers) + sums,
-        peak_flops=chip.peak,
-    )
-
-
-def _bytes(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
-    """In bfloat16."""
-    found = (shape for path, shape in shapes.items() if path.startswith(prefix))
-    return 2 * sum(math.prod(shape) for shape in found)
-
-
-def meshes(preset: MiniGPT4Config, on: Slice, batch: int) -> Sequence[dict[str, int]]:
-    """The splits of a slice that divide batch and heads, most `fsdp` first."""
-    found = []
-    for tensor in (1, 2, 4, 8):
-        if on.chips % tensor or preset.llama.num_kv_heads % tensor:
-            continue
-        for data in (1, 2, 4, 8, 16):
-            fsdp, left = divmod(on.chips, data * tensor)
-            if left or not fsdp or batch % (data * fsdp) or data % on.count:
-                continue
-            if preset.llama.width % fsdp or preset.llama.mlp_width % fsdp:
-                continue  # large arrays would lie whole on each device
-            found.append(dict(data=data, fsdp=fsdp, tensor=tensor))
-    return found
-
-
 def advice(mesh: dict[str, int], cfg) -> list[str]:
     """Which options would make a plan fit that does not."""
     said = []
+    if not cfg.quantize:
+        said.append("--config.quantize=int8 holds the frozen decoder in half the bytes")
     if cfg.remat != "block":
         said.append("--config.remat=block keeps only what goes from block to block")
     examples = cfg.batch_size // cfg.optim.accumulate

@@ -19,12 +19,13 @@ from minigpt4_jax.endings import Endings
 from minigpt4_jax.lru import LRU
 from minigpt4_jax.models.llama import Cache
 from minigpt4_jax.models.minigpt4 import MiniGPT4Config
-from minigpt4_jax.pool import Empty, Shapes, bucket, fitted
+from minigpt4_jax.pool import LEAST_PLACES, Empty, Shapes, bucket, fitted
 from minigpt4_jax.request import Request
 
 PIECES = (16, 32, 64, 128)  # tokens that are read at a time, padded
 IMAGES_AT_ONCE = 8  # larger batches of images are split
 EMBEDDING_BYTES = 64 << 20
+PREFIX_BYTES = 64 << 20  # of caches kept of prompts' beginnings, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,10 @@ class Reader:
             *(ids_1T, slots_1T, used_1, image_1QD),
         )
         if begin + count in reading.cuts:
-            size = sum(x.nbytes for x in jax.tree.leaves(reading.cache))
-            key = self._prefix_key(prepared, begin + count)
-            self.prefixes.put(key, reading.cache, size)
+            # In no more places than it needs, however long this question goes on.
+            kept = self._roomy(reading.cache, self.shapes.room(begin + count))
+            size = sum(x.nbytes for x in jax.tree.leaves(kept))
+            self.prefixes.put(self._prefix_key(prepared, begin + count), kept, size)
         return T
 
     def finish(self, reading: Reading, endings: Endings, index: int) -> Decoding:
@@ -206,13 +208,15 @@ class Reader:
             ),
         )
 
-    def whole(self, prompts: Sequence[Prepared], batch: int) -> Cache:
-        """A cache of `batch` rows with the prompts but for their last tokens."""
-        rows = []
-        for reading in map(self.begin, prompts):
-            while reading.pieces:
-                self.advance(reading)
-            rows.append(reading)
+    def whole(self, prepared: Prepared) -> Cache:
+        """A cache of one row with the prompt but for its last token."""
+        reading = self.begin(prepared)
+        while reading.pieces:
+            self.advance(reading)
+        return self.joined([reading], 1)
+
+    def joined(self, rows: Sequence[Reading], batch: int) -> Cache:
+        """A cache of `batch` rows with prompts that are read, spare ones behind."""
         places = max(reading.places for reading in rows)
         caches = [self._roomy(reading.cache, places) for reading in rows]
         if batch == 1:
@@ -246,6 +250,15 @@ class Reader:
     def blank(self, places: int) -> Cache:
         """An empty cache of one row."""
         return self.programs.new_cache(self.weights, batch=1, places=places)
+
+
+def prefix_bytes(place: int, slots: int) -> int:
+    """Bytes for kept prefixes, unless a caller says: an image's for each slot, one more.
+
+    Args:
+        place: bytes of a cache of one row, a place.
+    """
+    return max(PREFIX_BYTES, (slots + 1) * LEAST_PLACES * place)
 
 
 def padded(count: int) -> int:

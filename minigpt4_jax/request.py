@@ -143,10 +143,6 @@ class Sampling:
             raise InputError(
                 f"early_stopping: got {self.early_stopping!r}, want True, False or 'never'"
             )
-        if self.num_beams > 1 and self.top_logprobs:
-            raise InputError(
-                "top_logprobs: a beam search tells none; want 0, or num_beams=1"
-            )
         for name in ("banned_ids", "stop_ids"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if len(self.stop_ids) > STOP_IDS:
@@ -176,7 +172,7 @@ class Request:
             with an image, nor the system message, nor the last one;
             Usage.dropped_turns counts the messages left out.
         compat: "reference" answers as the original's chat did, but for the random
-            numbers of draws (compat.py); not with beams, and the text comes at its end.
+            numbers of draws (compat.py); the text comes at its end.
         id: comes back in each Event; made up when absent.
     """
 
@@ -208,11 +204,6 @@ class Request:
             )
         if self.compat not in COMPATS:
             raise InputError(unknown("compat", self.compat, ["reference"]))
-        if self.compat and beams > 1:
-            raise InputError(
-                "compat 'reference': the original's beam search is not reproduced; want "
-                "num_beams=1"
-            )
         if self.overflow not in OVERFLOWS:
             raise InputError(unknown("overflow", self.overflow, OVERFLOWS))
         if self.compat and (stop or self.sampling.stop_ids or self.n > 1):

@@ -4,7 +4,7 @@ configs/stage1.py says what each knob means. ml_collections refuses a typo on th
 command line; this refuses one in a config file, and numbers that cannot work together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,12 +16,13 @@ CAPTIONS = ("all", "one")
 SCHEDULES = ("cosine", "linear_warmup_cosine_lr", "linear_warmup_step_lr")
 REMAT = ("none", "block")
 DTYPES = ("", "float32", "bfloat16")
+QUANTIZE = ("", "int8")
 CACHES = ("", "float32", "float16", "bfloat16")
 
 KNOBS = {
     "config": (
         "checkpoint init trainable loss data val text batch_size row cache optim dtype "
-        "remat loader keep guard watchdog mesh seed log_every save_every eval_every"
+        "quantize remat loader keep guard watchdog mesh seed log_every save_every eval_every"
     ),
     "config.text": "clean limit captions words_least one_sentence",
     "config.row": "tokens answers packed",
@@ -60,6 +61,9 @@ MAY_CHANGE = {
     "save_every",
     "eval_every",
 }
+
+# Knobs that a config.json of an older version lacks, as it was trained then.
+BEFORE = {"quantize": ""}
 
 _ADAMW = {
     "trainable": ["projector/.*"],
@@ -121,6 +125,7 @@ def check(cfg) -> None:
         ("cache.dtype", cfg.cache.dtype, CACHES),
         ("optim.schedule", cfg.optim.schedule, SCHEDULES),
         ("dtype", cfg.dtype, DTYPES),
+        ("quantize", cfg.quantize, QUANTIZE),
         ("remat", cfg.remat, REMAT),
     ):
         if value not in known:
@@ -128,6 +133,22 @@ def check(cfg) -> None:
     for holds, text in chain(_optim_holds(cfg.optim), _holds(cfg)):
         if not holds:
             raise ConfigError(f"config: got {text}")
+
+
+def check_trainable(trained: Sequence[str], held: Collection[str], kind: str) -> None:
+    """Raise ConfigError where a parameter that is trained would be in few bits.
+
+    Args:
+        trained: parameter paths.
+        held: all paths of the model as it will be held, with scales of what is in `kind`.
+    """
+    few = [path for path in trained if f"{path}_scale" in held]
+    if few:
+        raise ConfigError(
+            f"config.trainable: {few[0]} would be held in {kind}, and whole numbers "
+            "cannot be trained; train what is not in few bits, or set quantize='' and a "
+            "checkpoint of floats"
+        )
 
 
 def check_given(cfg) -> None:
@@ -147,7 +168,7 @@ def check_given(cfg) -> None:
 
 def differences(old: dict, new: dict) -> list[str]:
     """The knobs, as "optim.peak_lr: 0.1, now 0.2", that keep a run from resuming."""
-    olds, news = flat(old), flat(new)
+    olds, news = BEFORE | flat(old), flat(new)
     return [
         f"{name}: {olds.get(name, 'absent')}, now {news.get(name, 'absent')}"
         for name in sorted(olds.keys() | news.keys())

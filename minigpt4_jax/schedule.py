@@ -15,7 +15,7 @@ from minigpt4_jax.endings import Endings
 from minigpt4_jax.pool import Pool, bucket
 from minigpt4_jax.reading import Prepared, Reader, Reading
 from minigpt4_jax.request import Event, Request, Usage
-from minigpt4_jax.searches import Job, Searcher
+from minigpt4_jax.searches import LEAST_BUDGET, Job, Searcher
 
 # Tokens of prompts that running rows wait for, at most, plus a piece.
 READ_AT_ONCE = 256
@@ -54,7 +54,7 @@ class Schedule:
     """One running batch and the rows that wait for it.
 
     Beam searches run beside it, those of one kind at a time, as many as their beams
-    would fill the slots. `add`, `step` and `busy` are for one thread, `cancel` for any.
+    would fill the slots, once their prompts are read. `add`, `step` and `busy` are for one thread, `cancel` for any.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Schedule:
         self.endings = endings
         self.waiting: deque[Row] = deque()
         self.searching: list[Row] = []
-        self.search: Iterator[list[Event]] = iter(())
+        self.search: Iterator[list[Event]] | None = None
         self.reading: deque[Row] = deque()
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
@@ -97,8 +97,9 @@ class Schedule:
     def step(self) -> Iterator[Event]:
         """Read some of the prompts that wait, let the running rows grow by a chunk."""
         yield from self._drop()
+        budget = self._read_searches(READ_AT_ONCE)
         yield from self._search()
-        self._read()
+        self._read(budget)
         if self._join():
             yield from self._decode(1)
         if self.pool.taken:
@@ -127,34 +128,57 @@ class Schedule:
                     row.request.id, index, finish_reason="cancelled", usage=usage
                 )
 
-    def _search(self) -> Iterator[Event]:
-        """Let the search grow by a chunk; a new one begins when it has ended."""
+    def _read_searches(self, budget: int) -> int:
+        """Read pieces of the prompts of the search that comes; what is left of `budget`."""
         if not self.searching:
-            self.search = iter(())
-            self._begin_search()
+            self.search = None  # of requests that were all cancelled
+            self._choose_searches()
+        for row in () if self.search else self.searching:
+            if row.reading is None:
+                row.reading = self.reader.begin(row.prepared)
+            while row.reading.pieces:
+                if budget <= 0:
+                    return 0
+                budget -= self.reader.advance(row.reading)
+        return budget
+
+    def _search(self) -> Iterator[Event]:
+        """Let the search grow by a chunk; it begins when its prompts are read."""
+        if self.searching and not self.search and all(map(_is_read, self.searching)):
+            self.search = self._begin_search()
+        if not self.search:
+            return
         open_ids = {row.request.id for row in self.searching}
         events = [e for e in next(self.search, []) if e.request_id in open_ids]
         ended = {event.request_id for event in events}
         self.searching = [r for r in self.searching if r.request.id not in ended]
         if not self.searching:
-            self.search = iter(())  # and its cache, also when nothing comes next
+            self.search = None  # and its cache, also when nothing comes next
         yield from events
 
-    def _begin_search(self) -> None:
-        rows = [row for row in self.waiting if row.searched]
-        if not rows:
+    def _choose_searches(self) -> None:
+        """Those that wait and are of one kind, first come first served."""
+        jobs = {id(row): self._job(row) for row in self.waiting if row.searched}
+        if not jobs:
             return
-        kind = self._kind(rows[0].request)
-        rows = [row for row in rows if self._kind(row.request) == kind]
-        self.searching = rows[: max(1, self.shapes.slots // kind[0])]
+        kind = next(iter(jobs.values())).kind
+        rows = [row for row in self.waiting if row.searched]
+        rows = [row for row in rows if jobs[id(row)].kind == kind]
+        self.searching = rows[: self.shapes.searches(kind.beams)]
         for row in self.searching:
             self.waiting.remove(row)
-        prompts = [row.prepared for row in self.searching]
-        self.reader.embed(prompts)
-        self.search = self.searcher.run(
-            [self._job(row) for row in self.searching],
-            self.reader.whole(prompts, bucket(len(prompts))),
-            budget=bucket(max(row.limit for row in self.searching)),
+        self.reader.embed([row.prepared for row in self.searching])
+
+    def _begin_search(self) -> Iterator[list[Event]]:
+        rows = self.searching
+        readings = [row.reading for row in rows if row.reading is not None]
+        cache = self.reader.joined(readings, bucket(len(rows)))
+        for row in rows:
+            row.reading = None
+        return self.searcher.run(
+            [self._job(row) for row in rows],
+            cache,
+            budget=bucket(max(row.limit for row in rows), LEAST_BUDGET),
             chunk=self.shapes.chunk,
         )
 
@@ -164,16 +188,12 @@ class Schedule:
             row.prepared,
             self.endings.ids(request),
             self.endings.strings(request),
+            self.endings.rules(request),
             tuple(self.endings.answer(request) for _ in range(request.n)),
             row.began,
         )
 
-    def _kind(self, request: Request) -> tuple:
-        """Searches of one kind can run together."""
-        beams, strings = request.sampling.num_beams, self.endings.strings(request)
-        return beams, strings, len(self.endings.ids(request))
-
-    def _read(self) -> None:
+    def _read(self, budget: int) -> None:
         """Read pieces of prompts, first come first served; finished rows stay in line."""
         free = self.shapes.slots - len(self.reading) - len(self.pool.taken)
         admitted = [row for row in self.waiting if not row.searched][: max(free, 0)]
@@ -181,7 +201,6 @@ class Schedule:
             self.waiting.remove(row)
         self.reader.embed([row.prepared for row in admitted])
         self.reading += admitted
-        budget = READ_AT_ONCE
         for row in self.reading:
             if row.reading is None:
                 row.reading = self.reader.begin(row.prepared)
@@ -270,3 +289,7 @@ class Schedule:
             seconds=now - row.began,
             dropped_turns=row.prepared.dropped_turns,
         )
+
+
+def _is_read(row: Row) -> bool:
+    return row.reading is not None and not row.reading.pieces

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minigpt4_jax import compilations
 from minigpt4_jax.data.prompts import training_answer
 from minigpt4_jax.data.tokens import lay_out
 from minigpt4_jax.decoding import spread
@@ -22,6 +23,7 @@ from minigpt4_jax.errors import InputError
 from minigpt4_jax.models.layers import BRANCHES
 from minigpt4_jax.models.llama import Cache
 from minigpt4_jax.pool import bucket
+from minigpt4_jax.reading import PIECES
 from minigpt4_jax.request import Message, Request, Sampling
 
 ROW = 512  # tokens of a row, unless one answer alone is longer
@@ -57,9 +59,9 @@ def score(
         return []
     longest = max(map(len, ids))
     prepared = engine.prepare(Request(messages, sampling=Sampling(max_tokens=longest)))
-    cache = engine.reader.whole([prepared], 1)
+    cache = engine.reader.whole(prepared)
     program = _program(nnx.graphdef(engine.model))
-    scores = []
+    scores: list[Score] = []
     for group in groups(ids):
         row = lay_row(group, prepared.ids)
         logprobs = np.asarray(program(engine.weights, cache, *row)).tolist()
@@ -103,14 +105,31 @@ def lay_row(answers: Sequence[list[int]], prompt: np.ndarray) -> tuple[np.ndarra
         read += answer[:-1]
         branches += [branch for _ in own]
         positions += [len(prompt) + i for i in own]
-    T, A = bucket(len(read)), bucket(len(wanted))
+    size = bucket(len(wanted), LOGITS)  # for both, so that few programs are compiled
 
-    def padded(values: Sequence[int], size: int) -> np.ndarray:
+    def padded(values: Sequence[int]) -> np.ndarray:
         return np.pad(np.array(values, np.int32), (0, size - len(values)))
 
     segments = [BRANCHES + branch for branch in branches]
-    tokens = [padded(values, T)[None] for values in (read, segments, positions)]
-    return (*tokens, padded(wanted, A), padded(predicted_from, A))
+    tokens = [padded(values)[None] for values in (read, segments, positions)]
+    return (*tokens, padded(wanted), padded(predicted_from))
+
+
+def warm_up(engine: Engine, tokens: int) -> int:
+    """Compile what scores need of prompts and answers of up to `tokens` tokens together.
+
+    Returns how many programs that were.
+    """
+    before, program = compilations.count(), _program(nnx.graphdef(engine.model))
+    sizes = [LOGITS]
+    while sizes[-1] < max(ROW, tokens):
+        sizes.append(2 * sizes[-1])
+    for places in engine.shapes.rooms(tokens + PIECES[-1]):
+        cache = engine.reader.blank(places)
+        for size in sizes:
+            row = lay_row([[0] * size], np.zeros(1, np.int32))
+            jax.block_until_ready(program(engine.weights, cache, *row))
+    return compilations.count() - before
 
 
 @functools.lru_cache(maxsize=8)

@@ -66,11 +66,11 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise ConfigError(
             f"{asked} needs {data * fsdp * tensor} devices, there are {there}"
         )
-    grid = _grid(devices, (data, fsdp, tensor))
+    grid = grid_of(devices, (data, fsdp, tensor))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _grid(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+def grid_of(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
     """Devices in the order of the mesh: axes along a TPU's torus, slices along `data`.
 
     Raises ConfigError where `data` cannot be split over the slices.
@@ -113,7 +113,6 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSh
 
 
 TILE = (8, 128)  # rows and columns that a TPU keeps together
-MOST_BLOCKS = 16
 KERNELS = ".*/blocks/.*/kernel"  # of stacks: what is held as matrices
 
 
@@ -122,18 +121,19 @@ def held(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
 
     A matrix, heads and their features as one dimension: so `fsdp` splits it into more
     parts than there are heads, and what is gathered need not be copied into another
-    order. Where a part would not be whole tiles, the matrix is cut into column blocks
-    that lie beneath each other: [L, blocks*in, out/blocks] (`layers.linear` reads it).
+    order. Where a part would not be whole tiles, the tiles themselves, row by row:
+    [L, tiles, 1, rows, columns] (`layers.linear` reads them).
     """
     if mesh.shape["fsdp"] == 1 or not re.fullmatch(KERNELS, path):
         return shape
     layers, ins, outs = _matrix(path, shape)
-    most = MOST_BLOCKS if mesh.shape["tensor"] == 1 else 1  # it splits the columns
-    for blocks in (2**i for i in range(most.bit_length())):
-        rows_fit = blocks * ins % (TILE[0] * mesh.shape["fsdp"]) == 0
-        if rows_fit and outs % (TILE[1] * blocks) == 0:
-            return layers, blocks * ins, outs // blocks
-    return layers, ins, outs
+    high, wide = TILE
+    if ins % (high * mesh.shape["fsdp"]) == 0 or mesh.shape["tensor"] > 1:
+        return layers, ins, outs  # `tensor` splits the columns
+    tiles, left = divmod(ins * outs, high * wide)
+    if left or ins % high or outs % wide or tiles % mesh.shape["fsdp"]:
+        return layers, ins, outs
+    return layers, tiles, 1, high, wide
 
 
 def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -146,35 +146,43 @@ def hold(model: nnx.Module, frozen: Collection[str], mesh: Mesh) -> None:
     """Give the kernels named in `frozen` the shape of `held`, in the model itself."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = "/".join(map(str, path))
-        shape = held(name, param.shape, mesh) if name in frozen else param.shape
+        # Two weights in a byte are no columns that could be cut: they stay as they are.
+        matrix = name in frozen and param.dtype != np.uint8
+        shape = held(name, param.shape, mesh) if matrix else param.shape
         if shape != param.shape:
-            layers, ins, outs = _matrix(name, param.shape)
+            matrix = _matrix(name, param.shape)
             where = parameter_sharding(name, shape, mesh)
             param.set_value(
-                jax.jit(_in_blocks, static_argnums=(1, 2), out_shardings=where)(
-                    param[...].reshape(layers, ins, outs), shape[1] // ins, shape
+                jax.jit(_shaped, static_argnums=1, out_shardings=where)(
+                    param[...].reshape(matrix), shape
                 )
             )
 
 
-def _in_blocks(x_LDF, blocks: int, shape: tuple[int, ...]):
+def _shaped(x_LDF, shape: tuple[int, ...]):
+    """Matrices in a shape of `held`."""
+    if len(shape) == 3:
+        return x_LDF.reshape(shape)
     layers, ins, outs = x_LDF.shape
-    x = x_LDF.reshape(layers, ins, blocks, outs // blocks)
-    return x.swapaxes(1, 2).reshape(shape)
+    high, wide = shape[-2:]
+    x = x_LDF.reshape(layers, ins // high, high, outs // wide, wide)
+    return x.swapaxes(2, 3).reshape(shape)
 
 
 def released(path: str, x: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
-    """A kernel that `hold` may have cut into blocks, in the order of its own `shape`.
+    """A kernel that `hold` may have cut into tiles, in the order of its own `shape`.
 
     Args:
         shape: None for a parameter of a tower that is not ours: it is as it was.
     """
     if shape is None or x.size != math.prod(shape) or not re.fullmatch(KERNELS, path):
         return x
-    layers, ins, _ = _matrix(path, shape)
-    if x.ndim != 3:
-        return x
-    return x.reshape(layers, -1, ins, x.shape[-1]).swapaxes(1, 2).reshape(shape)
+    layers, _, outs = _matrix(path, shape)
+    if x.ndim != 5:
+        return x.reshape(shape) if x.ndim == 3 else x
+    high, wide = x.shape[-2:]
+    x = x.reshape(layers, -1, outs // wide, high, wide)
+    return x.swapaxes(2, 3).reshape(shape)
 
 
 class Parts:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from minigpt4_jax import optim, sharding
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import MiniGPT4, MiniGPT4Config
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.models.vit import normalise
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,20 @@ class Trainables:
 
 
 def without_values(
-    cfg: MiniGPT4Config, patterns, mesh: Mesh, dtypes: DTypes, *, remat: bool = False
+    cfg: MiniGPT4Config,
+    patterns,
+    mesh: Mesh,
+    dtypes: DTypes,
+    *,
+    remat: bool = False,
+    quantisation: Quantisation = Quantisation(),
 ) -> Trainables:
     """Trainables of a model that is not made: shapes and places, to compile for."""
     made = []
 
     def split():
         model = MiniGPT4(cfg, dtypes=dtypes, rngs=nnx.Rngs(0))
+        model.quantise(quantisation)
         model.set_remat(remat)
         made.append(Trainables(model, patterns, mesh))
         return made[0].params, made[0].frozen
@@ -154,7 +162,7 @@ def word_loss(model: MiniGPT4, batch: dict):
         The sum over the photos that count, and their number.
     """
     image_BQD = image_embeddings(model, batch)
-    table_VD = model.llama.embed.embedding[...][batch["words_V"]].astype(jnp.float32)
+    table_VD = model.llama.embed(batch["words_V"]).astype(jnp.float32)
     mean_D = table_VD.mean(0)
     lengths_V = jnp.linalg.norm(table_VD, axis=-1)
     lengths_BQ = jnp.linalg.norm(image_BQD, axis=-1)

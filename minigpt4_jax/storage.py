@@ -36,6 +36,8 @@ DTYPES = {  # numpy's names -> those of the safetensors format
     "bfloat16": "BF16",
     "int64": "I64",
     "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
 }
 
 
@@ -128,15 +130,17 @@ def write_safetensors(
     The format is written here, since its library wants every array whole in memory.
 
     Args:
+        arrays: their values are asked for in this order.
         metadata: strings for its header; default our format's number.
         advance: is told of bytes as they are written.
     """
     # Wide dtypes first, so that every array starts at a multiple of its width.
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata or {"format": str(FORMAT)}}
-    end = 0
-    for name in names:
-        start, end = end, end + arrays[name].nbytes
+    starts, end = {}, 0
+    for name in order:
+        starts[name] = start = end
+        end += arrays[name].nbytes
         header[name] = {
             "dtype": DTYPES[str(arrays[name].dtype)],
             "shape": list(arrays[name].shape),
@@ -147,14 +151,15 @@ def write_safetensors(
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        written = dict.fromkeys(names, 0)
-        every = ((n, piece) for n in names for piece in _pieces(arrays[n]))
+        first, written = file.tell(), dict.fromkeys(arrays, 0)
+        every = ((n, piece) for n in arrays for piece in _pieces(arrays[n]))
         for name, piece in _ahead(every):
             assert piece.dtype == arrays[name].dtype, name
+            file.seek(first + starts[name] + written[name])
             file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
             written[name] += piece.nbytes
             advance(piece.nbytes)
-        assert all(written[name] == arrays[name].nbytes for name in names)
+        assert all(written[name] == arrays[name].nbytes for name in arrays)
     replace(part, path)
 
 

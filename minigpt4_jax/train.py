@@ -30,6 +30,7 @@ from minigpt4_jax.data.tokens import load_tokenizer
 from minigpt4_jax.generator import default_dtypes
 from minigpt4_jax.guard import Guard
 from minigpt4_jax.looks import Looks
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.progress import Bar, Board, Meter
 from minigpt4_jax.step import Trainables, make_step, new_state
 from minigpt4_jax.stream import Stream
@@ -51,6 +52,11 @@ def main(argv: list[str]) -> int:
         raise errors.InputError(f"train takes flags only, got {argv[1]!r}")
     if not WORKDIR.value:
         raise errors.InputError("train needs --workdir, and --config to begin")
+    if "://" in WORKDIR.value:  # as a path it would be a folder of that name here
+        raise errors.InputError(
+            f"--workdir: training writes files, got {WORKDIR.value}; mount the bucket "
+            "(gcsfuse) and name the mount"
+        )
     workdir = Path(WORKDIR.value).expanduser()
     cfg = CONFIG.value or saved_config(workdir)
     run_config.check(cfg)  # its limits, before they are used
@@ -84,10 +90,15 @@ def _prepare(cfg, workdir: Path, devices, watch: Watchdog) -> bool:
     mesh = sharding.make_mesh(**cfg.mesh, devices=devices)
     sharding.check_batch(cfg.batch_size // cfg.optim.accumulate, mesh)
     directory = checkpoint.resolve(cfg.checkpoint)
-    shapes = checkpoint.parameter_shapes(checkpoint.read_config(directory))
-    optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
+    preset = checkpoint.read_config(directory)
+    shapes = checkpoint.parameter_shapes(preset)
+    trained = optim.select(shapes, cfg.trainable)  # a pattern that hits nothing raises
+    how = checkpoint.settle(directory, Quantisation(cfg.quantize))
+    held = checkpoint.parameter_shapes(preset, how)
+    run_config.check_trainable(trained, held, how.decoder or how.vision)
 
     # Data, before the model: a wrong path should not cost a load.
+    watch.pace.before("opening the data")
     paths = {f"data.{name}": source.path for name, source in cfg.data.items()}
     budget = cfg.loader.budget
     sources = {name: open_data(path, budget=budget) for name, path in paths.items()}
@@ -109,9 +120,15 @@ def _train(
     cfg, run: WorkDir, mesh, directory: Path, sources, val, watch: Watchdog
 ) -> None:
     # Model: the frozen weights in their places, and what is trained.
+    watch.pace.before("loading the model")
     dtypes = default_dtypes(cfg.dtype or None)
     model = checkpoint.load_model(
-        directory, dtypes, mesh, absent=tuple(cfg.trainable), seed=cfg.seed
+        directory,
+        dtypes,
+        mesh,
+        absent=tuple(cfg.trainable),
+        seed=cfg.seed,
+        quantisation=Quantisation(cfg.quantize),
     )
     model.set_remat(cfg.remat == "block")
     shapes = checkpoint.parameter_shapes(model.cfg)
@@ -124,6 +141,7 @@ def _train(
     tokenizer = load_tokenizer(
         directory, bos_id=model.cfg.bos_id, eos_ids=model.cfg.eos_ids
     )
+    watch.pace.before("making features and lengths")
     task = make_task(cfg, model, paths, tokenizer, sources, val, mesh, run.path)
 
     # Optimizer.
@@ -132,6 +150,7 @@ def _train(
     step_fn = make_step(trainables, task.loss_fn, optimizer, rate, cfg.optim.accumulate)
 
     # Restore.
+    watch.pace.before("restoring")
     start, total = run.step, cfg.optim.total_steps
     state = run.restore(state)
 

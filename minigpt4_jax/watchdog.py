@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minigpt4_jax import alive
 from minigpt4_jax.cluster import Team, wait
 from minigpt4_jax.errors import ClusterError, say
 
@@ -37,7 +38,8 @@ class Pace:
     """How many steps have ended, and how long what is under way has taken.
 
     A step may take limit_s, or ten times the median if that is longer; the first one,
-    which compiles, and what is no step, other_s; what comes before it has no limit.
+    which compiles, and what is no step, other_s. So may each part of what comes before,
+    or the time between two signs of life (alive.py) of one that goes on for hours.
     """
 
     def __init__(
@@ -49,7 +51,13 @@ class Pace:
         self.limit_s, self.other_s, self._clock = limit_s, other_s, clock
         self._lock = threading.Lock()
         self._step, self._phase, self._began = 0, BEFORE, clock()
+        self._signs = alive.signs()
         self._seconds: deque[float] = deque(maxlen=100)
+
+    def before(self, what: str) -> None:
+        """A part of what comes before the first step begins."""
+        with self._lock:
+            self._phase, self._began = f"{BEFORE}, {what}", self._clock()
 
     def begin(self, step: int) -> None:
         """The loop begins, at a step that is counted from 0."""
@@ -91,6 +99,8 @@ class Pace:
     def status(self) -> dict[str, Any]:
         """For the others: `step`, `phase`, its `seconds`, and why that is too `late`."""
         with self._lock:
+            if self._phase.startswith(BEFORE) and self._signs != alive.signs():
+                self._signs, self._began = alive.signs(), self._clock()
             seconds, median = self._clock() - self._began, 0.0
             if self._seconds:
                 median = statistics.median(self._seconds)
@@ -101,10 +111,12 @@ class Pace:
                 f"no step has ended for {seconds:.0f} s (config.watchdog.limit_s="
                 f"{self.limit_s:g}, the median step takes {median:.2g} s)"
             )
-        elif phase not in (STEP, BEFORE) and seconds > self.other_s:
+        elif phase != STEP and seconds > self.other_s:
+            what = f"its {phase} has not ended"
+            if phase.startswith(BEFORE):
+                what = f"{phase}: no sign of life"
             late = (
-                f"its {phase} has not ended for {seconds:.0f} s "
-                f"(config.watchdog.other_s={self.other_s:g})"
+                f"{what} for {seconds:.0f} s (config.watchdog.other_s={self.other_s:g})"
             )
         return {"step": step, "phase": phase, "seconds": seconds, "late": late}
 
@@ -184,7 +196,7 @@ def where(peers: Mapping[int, Peer], now: float, limit_s: float) -> str:
             said.append(f"{peer.name} has not answered {last}")
         else:
             answering.append(peer.status | {"name": peer.name, "at": _at(peer.status)})
-    answering.sort(key=lambda status: status["step"])
+    answering.sort(key=lambda s: (not s["phase"].startswith(BEFORE), s["step"]))
     # From the furthest on, which is what most do where there is a tie.
     places = Counter(status["at"] for status in reversed(answering))
     usual = places.most_common(1)[0][0] if places else ""
@@ -203,8 +215,8 @@ def where(peers: Mapping[int, Peer], now: float, limit_s: float) -> str:
 
 def _at(status: Mapping[str, Any]) -> str:
     step, phase = status["step"], status["phase"]
-    if phase == BEFORE:
-        return BEFORE
+    if phase.startswith(BEFORE):
+        return phase
     return f"after step {step}" + ("" if phase == STEP else f" in its {phase}")
 
 

@@ -47,7 +47,8 @@ def saved_config(path: Path) -> ConfigDict:
     run = locate.read_json(path / "config.json", locate.RUN_ADVICE)
     if "config" not in run:
         raise CheckpointError(f"{path}/config.json: `config` is absent; want --config")
-    return ConfigDict(_with_tuples(run["config"])).lock()
+    knobs = run_config.BEFORE | run["config"]
+    return ConfigDict(_with_tuples(knobs)).lock()
 
 
 class WorkDir:

@@ -304,11 +304,12 @@ def stepping(
     What it says is in INDEX.log. Its disk is slow.
 
     Args:
-        when: step (from 0) in which that is, or "save": at the one after the third.
+        when: step (from 0) in which that is, "save": at the one after the third, or
+            "before": all of them, where that may take four seconds.
     """
     say_into(folder / f"{index}.log")
     team = join(port, index, devices=1)
-
+    other_s = 4 if when == "before" else 60
     write = watchdog._write
 
     def slowly(*args):
@@ -318,8 +319,11 @@ def stepping(
     def run():
         with (
             mock.patch.object(watchdog, "_write", slowly),
-            watchdog.Watchdog(folder / "stacks", 2, 60, team) as watch,
+            watchdog.Watchdog(folder / "stacks", 2, other_s, team) as watch,
         ):
+            watch.pace.before("loading the model")
+            if (index, when) == (victim, "before"):
+                hurt(how, folder / "hurt")
             watch.pace.begin(0)
             for step in range(6):
                 if (index, step) == (victim, when):

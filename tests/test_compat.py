@@ -6,6 +6,7 @@ transformers 5 starts `inputs_embeds` from no ids. Given the dummy id of 4.28 as
 
 import dataclasses
 
+import jax
 import numpy as np
 import parity
 import pytest
@@ -14,7 +15,7 @@ import torch
 import transformers
 from transformers import generation
 
-from minigpt4_jax import compat
+from minigpt4_jax import beam, compat
 from minigpt4_jax.data.prompts import LLAMA2, TEMPLATES, VICUNA_V0
 from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import InputError
@@ -31,7 +32,10 @@ def pair():
     """(Engine, the torch peer of its model)."""
     cfg = dataclasses.replace(tiny.CONFIG, template="vicuna_v0")
     ours, theirs = parity.minigpt4(cfg, seed=3)
-    return Engine(ours, tiny.tokenizer(), slots=2, chunk=5), theirs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other in so small a model
+    yield Engine(ours, tiny.tokenizer(), slots=2, chunk=5), theirs
+    torch.set_num_threads(threads)
 
 
 def greedy(**rules) -> Sampling:
@@ -160,6 +164,140 @@ def test_its_end_ids_and_stop_sequences_end_an_answer_and_ours_do_not(
     reference_rules(monkeypatch)
     assert ours(pair[0], ask(compat="reference"))[0] == plain
     assert ours(pair[0], ask(sampling=model_end))[0] == plain[:5]
+
+
+def original_search(pair, request, rules, noise=None) -> tuple[list[int], float]:
+    """(ids, score) of the best hypothesis by the rules of transformers 4.28 and 4.30.
+
+    Written anew from what its BeamSearchScorer and beam_sample do, whole texts at each
+    token; today's transformers has other rules.
+    """
+    engine, peer = pair
+    asked, J = request.sampling, request.sampling.num_beams
+    prepared = engine.prepare(request)
+    embed = peer.decoder.get_input_embeddings()
+    x_TD = embed(torch.tensor(prepared.ids)).clone()
+    image_QD = peer.encode_image(np.stack(prepared.pixels)).flatten(0, 1)
+    x_TD[torch.tensor(prepared.slots)] = image_QD
+    processors = [
+        generation.RepetitionPenaltyLogitsProcessor(asked.repetition_penalty),
+        generation.MinLengthLogitsProcessor(asked.min_tokens, list(rules.end_ids)),
+    ]
+    if asked.no_repeat_ngram:
+        processors.append(
+            generation.NoRepeatNGramLogitsProcessor(asked.no_repeat_ngram)
+        )
+    keep = dict(min_tokens_to_keep=2)
+    warpers = []
+    if noise:
+        warpers.append(generation.TemperatureLogitsWarper(asked.temperature))
+        warpers.append(generation.TopKLogitsWarper(asked.top_k, **keep))
+        warpers.append(generation.TopPLogitsWarper(asked.top_p, **keep))
+    beams = torch.full((J, 1), rules.first_id)
+    scores_J = torch.tensor([0.0] + [0.0 if noise else -1e9] * (J - 1))
+    ended: list[tuple[float, list[int]]] = []
+    done = False
+
+    def add(ids, score):
+        ended.append((score / len(ids) ** asked.length_penalty, ids.tolist()))
+        ended.sort(key=lambda pair: pair[0])
+        del ended[:-J]
+
+    for count in range(asked.max_tokens):
+        text_JTD = torch.cat([x_TD.expand(J, -1, -1), embed(beams[:, 1:])], dim=1)
+        logits_JV = peer.decoder(inputs_embeds=text_JTD).logits[:, -1].float()
+        order_JV = torch.log_softmax(logits_JV, dim=-1)
+        for process in processors:
+            order_JV = process(beams, order_JV)
+        order_JV = order_JV + scores_J[:, None]
+        for warp in warpers:
+            order_JV = warp(beams, order_JV)
+        flat_X = order_JV.flatten()
+        drawn_X = flat_X + noise(count, len(flat_X)) if noise else flat_X
+        chosen = drawn_X.topk(2 * J).indices
+        chosen = chosen[flat_X[chosen].argsort(descending=True, stable=True)].tolist()
+        next_ids, next_scores = [], []
+        for rank, x in enumerate(chosen):
+            ids, token = beams[x // logits_JV.shape[1]], x % logits_JV.shape[1]
+            if token in rules.end_ids:
+                if rank < J:
+                    add(ids, float(flat_X[x]))
+            elif len(next_ids) < J:
+                next_ids.append(torch.cat([ids, torch.tensor([token])]))
+                next_scores.append(float(flat_X[x]))
+        best = float(flat_X[chosen[0]]) / (beams.shape[1] + 1) ** asked.length_penalty
+        done = len(ended) == J and (asked.early_stopping or ended[0][0] >= best)
+        beams, scores_J = torch.stack(next_ids), torch.tensor(next_scores)
+        alike = [(beams[:, -len(s) :] == torch.tensor(s)).all() for s in rules.stops]
+        if done or any(alike):
+            break
+    if not done:
+        for ids, score in zip(beams, next_scores):
+            add(ids, score)
+    score, ids = ended[-1]
+    return ids[1:], score
+
+
+def test_beams_are_those_of_the_original(pair, monkeypatch):
+    """With end ids that come early, late and never, and its rules."""
+    plain, lengths = ours(pair[0], ask())[0], set()
+    for changes in (
+        dict(length_penalty=1.0),
+        dict(length_penalty=-0.5, repetition_penalty=1.4, min_tokens=4),
+        dict(length_penalty=2.0, no_repeat_ngram=2, early_stopping=True),
+    ):
+        sampling = greedy(num_beams=3, **changes)
+        request = ask(sampling=sampling, compat="reference")
+        for end in (1, plain[0], plain[3], plain[6]):
+            rules = reference_rules(monkeypatch, end_ids=(end,), first_id=plain[1])
+            ids, score = original_search(pair, request, rules)
+            (event,) = pair[0].submit([request])
+            # Theirs lacks the end, which their generate puts behind it.
+            got = event.ids[:-1] if event.ids[-1] == end else event.ids
+            assert list(got) == ids
+            assert event.score == pytest.approx(score, rel=1e-5)
+            lengths.add(len(ids))
+    assert len(lengths) > 2
+
+
+def test_drawn_beams_are_those_of_the_original_with_the_same_noise(pair, monkeypatch):
+    plain = ours(pair[0], ask())[0]
+    rules = reference_rules(monkeypatch, end_ids=(plain[3],), first_id=plain[1])
+    # At 0.2 scores grow 5 times a token.
+    drawn = dict(top_k=20, top_p=0.8, repetition_penalty=1.05)
+
+    def noise(count, size):
+        return torch.from_numpy(np.array(beam.gumbel(key_1, count, size)[0]))
+
+    found = set()
+    for seed in range(4):
+        key_1 = jax.random.key(seed)[None]
+        temperature = (0.7, 1.0, 1.5, 0.2)[seed]
+        sampling = greedy(num_beams=3, temperature=temperature, **drawn)
+        request = ask(sampling=sampling, compat="reference", seed=seed)
+        ids, score = original_search(pair, request, rules, noise)
+        (event,) = pair[0].submit([request])
+        got = event.ids[:-1] if event.ids[-1] == plain[3] else event.ids
+        assert list(got) == ids
+        assert event.score == pytest.approx(score, rel=1e-4)
+        found.add(event.ids)
+    assert len(found) > 1
+
+
+def test_beams_stop_when_all_of_them_end_in_a_stop_of_the_chat(pair, monkeypatch):
+    request = ask(sampling=greedy(num_beams=2), compat="reference")
+    reference_rules(monkeypatch)
+    free, _ = original_search(pair, request, reference_rules(monkeypatch))
+    for at in range(2, COUNT):
+        rules = reference_rules(monkeypatch, stops=((999, 998), (free[at],)))
+        ids, score = original_search(pair, request, rules)
+        (event,) = pair[0].submit([request])
+        assert list(event.ids) == ids
+        assert event.score == pytest.approx(score, rel=1e-5)
+        if len(ids) < COUNT:
+            assert event.finish_reason == "stop"
+            return
+    raise AssertionError("no token ends both beams at once; take another seed")
 
 
 def test_what_does_not_fit_is_cut_from_the_left_with_its_image(pair, monkeypatch):

@@ -20,6 +20,7 @@ from minigpt4_jax import checkpoint, storage
 from minigpt4_jax.errors import CheckpointError, InputError
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.request import GREEDY, Request, user
 from tests import parity, published
 
@@ -292,12 +293,14 @@ def test_a_preset_is_completed_from_the_tensors(tmp_path, vicuna):
 def test_the_report_names_every_tensor_and_writes_nothing(vicuna, tmp_path):
     _, files, preset = vicuna
     command = [sys.executable, "-m", "convert", "model", "--report", "--preset", preset]
+    command += ["--quantize=int4", "--vision=int8"]
     flags = {"llama": "llm"}
     command += [f"--{flags.get(part, part)}={path}" for part, path in files.items()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    shapes = checkpoint.parameter_shapes(published.VICUNA)
+    how = Quantisation("int4", "int8")
+    shapes = checkpoint.parameter_shapes(published.VICUNA, how)
     assert {line.split()[0] for line in lines if "<-" in line} == set(shapes)
     assert any(
         line.startswith("projector: beside:optimizer left out") for line in lines

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax import features, storage
+from minigpt4_jax import alive, checkpoint, features, sharding, storage
 from minigpt4_jax.data.feature_files import FeatureFiles
 from minigpt4_jax.data.images import read_image, squash
 from minigpt4_jax.data.sources import open_data
@@ -50,9 +50,11 @@ def seen(monkeypatch):
     return calls
 
 
-def made(model, photos, folder, part="patches", dtype="float16") -> FeatureFiles:
-    towers = features.towers_digest(model, part)
-    path = features.make(model, part, dtype, towers, photos, folder, one_device())
+def made(
+    model, photos, folder, part="patches", dtype="float16", mesh=None
+) -> FeatureFiles:
+    towers, mesh = features.towers_digest(model, part), mesh or one_device()
+    path = features.make(model, part, dtype, towers, photos, folder, mesh)
     return FeatureFiles([path], np.dtype(getattr(jnp, dtype)))
 
 
@@ -150,6 +152,36 @@ def test_other_weights_pixels_or_data_are_computed_anew(photos, tmp_path, seen):
         made(model, examples, folder)
         assert len(seen) == 5 * count
         assert len(list(folder.glob("*.npy"))) == count
+
+
+def test_features_made_on_a_mesh_are_read_on_one_device(
+    photos, tmp_path, seen, monkeypatch
+):
+    """A run over many chips holds kernels in column blocks: the same weights."""
+    monkeypatch.setattr(sharding, "TILE", (2, 1))  # 8 parts of 20 rows are not
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    model, plain = tiny.model(), tiny.model()
+    sharding.hold(model, set(checkpoint.parameter_shapes(model.cfg)), mesh)
+    kernels = (m.vit.blocks.mlp.up.kernel[...] for m in (model, plain))
+    assert len({kernel.shape for kernel in kernels}) == 2
+    first = made(model, photos, tmp_path, mesh=mesh)
+    assert len(seen) == 5
+    np.testing.assert_array_equal(rows(made(plain, photos, tmp_path)), rows(first))
+    assert len(seen) == 5
+
+
+def test_a_run_that_makes_features_or_waits_for_them_gives_signs_of_life(
+    model, photos, tmp_path
+):
+    before = alive.signs()
+    made(model, photos, tmp_path)
+    assert alive.signs() == before + 3  # batches of two
+    with ThreadPoolExecutor(1) as pool:
+        with features._alone(tmp_path):
+            waits = pool.submit(made, model, photos, tmp_path)
+            while alive.signs() < before + 5:
+                assert not wait([waits], timeout=0.1).done
+        waits.result(60)
 
 
 def test_what_does_not_make_the_features_does_not_matter(photos, tmp_path, seen):

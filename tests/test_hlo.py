@@ -167,3 +167,35 @@ def test_a_loop_of_unknown_length_is_refused():
     text = TPU.replace("direction=LT", "direction=GT")
     with pytest.raises(ValueError, match="while.1: a loop of unknown length"):
         hlo.Program(text).dots()
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        (
+            "(bf16[1,8,4]{2,1,0:T(8,128)(2,1)}, f32[6]{0}) all-reduce(%a, %b)",
+            [("all-reduce", (1, 8, 4), 64), ("all-reduce", (6,), 24)],
+        ),
+        (
+            "((f32[2], f32[3]), (f32[4], f32[6])) all-gather-start(%a, %b)",
+            [("all-gather", (4,), 16), ("all-gather", (6,), 24)],
+        ),
+        (
+            "(f32[2], f32[4]) all-gather-start(%a)",
+            [("all-gather", (4,), 16)],
+        ),
+        (
+            "(f32[5], f32[5], u32[], u32[]) collective-permute-start(%a)",
+            [("collective-permute", (5,), 20)],
+        ),
+        ("f32[3] reduce-scatter(%a)", [("reduce-scatter", (3,), 24)]),
+    ],
+)
+def test_every_part_of_a_combined_collective_counts(line, found):
+    kind = "source_target_pairs" if "permute" in line else "replica_groups"
+    groups = kind + "={{0,1}}"
+    text = f"ENTRY %main (a: f32[2]) -> f32[2] {{\n  %c.1 = {line}, {groups}\n}}\n"
+    program = hlo.Program(text)
+    parts = [(c.kind, c.shape, c.bytes) for c in program.collectives()]
+    assert parts == found
+    assert program.seconds(1.0, lambda c: c.bytes).total == sum(n for *_, n in found)

@@ -18,7 +18,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("launch/*.sh"))
-SOURCED = {"common.sh", "remote.sh", "queued.sh"}
+SOURCED = {"common.sh", "jobset.sh", "remote.sh", "queued.sh"}
 LAUNCHERS = {"tpu_pod.sh", "gke.sh", "hosts.sh", "slurm.sh", "gpus.sh"}
 
 AWKWARD = """--config.data.laion.path=/a b/'q' "r" $HOME $(HOME) `id` \\ ; & * #\né"""
@@ -184,12 +184,12 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_runs_unless_it_is_sourced(script):
     path = ROOT / "launch" / script
+    lines = path.read_text().splitlines()
     code = [
-        line
-        for line in path.read_text().splitlines()
-        if line.strip() and not line.lstrip().startswith("#")
+        line for line in lines if line.strip() and not line.lstrip().startswith("#")
     ]
     assert len(code) <= 62 or script in {"common.sh", "train_local.sh"}
+    assert len(lines) <= 60 or script not in LAUNCHERS  # its help included
     assert os.access(path, os.X_OK) == (script not in SOURCED)
 
 

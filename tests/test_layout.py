@@ -39,6 +39,7 @@ ROOMS = (
     ),  # names for type checkers; lazy at run time
     (r".*/__init__", set(), r""),
     (r"minigpt4_jax/errors", {"absl"}, r""),
+    (r"minigpt4_jax/alive", set(), r""),
     (r"minigpt4_jax/request", set(), rf"{ERRORS}"),
     (r"minigpt4_jax/models/quantised", {"jax"}, ERRORS),
     (
@@ -78,7 +79,7 @@ ROOMS = (
     (
         r"minigpt4_jax/data/(build|check|pipeline|token_counts)",  # with a bar
         {"numpy", "tqdm"},
-        rf"{ERRORS}|{DATA}|minigpt4_jax(\.locate)?",
+        rf"{ERRORS}|{DATA}|minigpt4_jax(\.(alive|locate))?",
     ),
     (
         r"minigpt4_jax/data/\w+",
@@ -104,7 +105,7 @@ ROOMS = (
         r"minigpt4_jax/features",
         {*NET, "numpy", "tqdm"},
         rf"{ERRORS}|{MODELS}|{DATA}|minigpt4_jax|"
-        r"minigpt4_jax\.(checkpoint|sharding|storage)",
+        r"minigpt4_jax\.(alive|checkpoint|sharding|storage)",
     ),
     (
         r"minigpt4_jax/step",
@@ -123,22 +124,24 @@ ROOMS = (
         {*NET, "numpy"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|minigpt4_jax\.sampling",
     ),
+    (r"minigpt4_jax/hypotheses", {"jax"}, r"minigpt4_jax|minigpt4_jax\.sampling"),
     (
         r"minigpt4_jax/beam",
         NET,
         rf"{REQUEST}|{MODELS}|minigpt4_jax\.data\.stops|"
-        r"minigpt4_jax|minigpt4_jax\.(decoding|sampling)",
+        r"minigpt4_jax|minigpt4_jax\.(decoding|hypotheses|sampling)",
     ),
     (
         r"minigpt4_jax/searches",
         {*NET, "numpy"},
         rf"{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
-        r"minigpt4_jax\.(answer|beam|pool|reading|sampling)",
+        r"minigpt4_jax\.(answer|beam|compat|hypotheses|pool|reading|sampling)",
     ),
     (
         r"minigpt4_jax/score",
         {*NET, "numpy"},
-        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax\.(decoding|engine|pool)",
+        rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|"
+        r"minigpt4_jax\.(compilations|decoding|engine|pool|reading)",
     ),
     (r"minigpt4_jax/lru", set(), r""),
     (r"minigpt4_jax/compilations", {"jax"}, r""),
@@ -163,11 +166,12 @@ ROOMS = (
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|minigpt4_jax|minigpt4_jax\."
         r"(compat|compilations|decoding|endings|pool|reading|schedule|searches)",
     ),
+    (r"minigpt4_jax/conversation", set(), rf"{ERRORS}|{REQUEST}|{DATA}"),
     (
         r"minigpt4_jax/generator",
         {"jax"},
         rf"{ERRORS}|{REQUEST}|{MODELS}|{DATA}|"
-        r"minigpt4_jax\.(checkpoint|engine|locate|memory|reading|score)",
+        r"minigpt4_jax\.(checkpoint|conversation|engine|locate|memory|reading|score)",
     ),
     (
         r"minigpt4_jax/gaze",
@@ -199,7 +203,14 @@ ROOMS = (
     ),
     (r"minigpt4_jax/initial", {"jax"}, rf"{ERRORS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/hlo", {"numpy"}, r""),
+    (r"minigpt4_jax/roofline", {"jax"}, r"minigpt4_jax|minigpt4_jax\.hlo"),
     (r"minigpt4_jax/chips", {"jax"}, rf"{ERRORS}|minigpt4_jax\.(flops|hlo)"),
+    (
+        r"minigpt4_jax/formula",
+        {"numpy"},
+        rf"{MODELS}|minigpt4_jax|"
+        r"minigpt4_jax\.(checkpoint|chips|projection|sharding)",
+    ),
     (
         r"minigpt4_jax/projection",
         NET,
@@ -209,7 +220,11 @@ ROOMS = (
     (r"minigpt4_jax/flops", {"numpy"}, rf"{MODELS}|minigpt4_jax\.checkpoint"),
     (r"minigpt4_jax/guard", {"jax", "numpy"}, ERRORS),
     (r"minigpt4_jax/cluster", {"jax"}, ERRORS),
-    (r"minigpt4_jax/watchdog", set(), rf"{ERRORS}|minigpt4_jax\.cluster"),
+    (
+        r"minigpt4_jax/watchdog",
+        set(),
+        rf"{ERRORS}|minigpt4_jax|minigpt4_jax\.(alive|cluster)",
+    ),
     (r"minigpt4_jax/(diagnosis|curves)", set(), r""),
     (
         r"minigpt4_jax/progress",  # tensorboardX and wandb only where they are used
@@ -264,8 +279,10 @@ ROOMS = (
             *NET,
             "PIL",
             "numpy",
+            "scipy",
             "torch",
             "transformers",
+            "llama_cpp",
             "webdataset",
             "absl",
             "ml_collections",

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from minigpt4_jax.models.llama import (
     VICUNA_13B,
     Llama,
     LlamaConfig,
+    halves_moved,
     rotary_angles,
     rotate,
+    turned_by_product,
 )
 from tests import parity
 
@@ -136,6 +139,18 @@ def test_rotation_is_the_half_rotation_in_float64(position):
     ours = rotate(jnp.asarray(x_K, jnp.float32)[None, None, None], angles_BTK)
     # float32 knows an angle of 4095 to 2e-4, in every implementation of the reference.
     parity.assert_close(ours[0, 0, 0], expected, 1e-6 + 3e-7 * position)
+
+
+def test_a_product_turns_heads_as_moved_halves_do():
+    """To the bit, and so do the gradients."""
+    x_BTNK = jax.random.normal(jax.random.key(0), (2, 3, 5, 10)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(turned_by_product(x_BTNK), halves_moved(x_BTNK))
+    _, by_product = jax.vjp(turned_by_product, x_BTNK)
+    _, by_moving = jax.vjp(halves_moved, x_BTNK)
+    cotangent_BTNK = x_BTNK[::-1].astype(jnp.float32)
+    np.testing.assert_array_equal(
+        by_product(cotangent_BTNK)[0], by_moving(cotangent_BTNK)[0]
+    )
 
 
 def test_angles_stay_float32_in_a_bfloat16_model():

@@ -9,6 +9,7 @@ from flax import nnx
 
 from minigpt4_jax import decoding, memory, reading
 from minigpt4_jax.errors import ConfigError
+from minigpt4_jax.generator import Generator
 from minigpt4_jax.models.layers import DTypes
 from minigpt4_jax.models.minigpt4 import (
     MINIGPT4_VICUNA_7B,
@@ -33,6 +34,19 @@ def test_a_row_of_1024_tokens_with_an_image_fits(config, kind, most):
     need = memory.needs(config, HALF, small)
     assert 0.8 * most < need.total / memory.GB < most
     assert memory.needs(config, HALF).total > 2 * need.total - 4 * memory.GB
+
+
+def test_the_prefixes_kept_by_default_are_counted_as_the_engine_keeps_them():
+    for batch in (1, 8):
+        gen = Generator(tiny.model(), tiny.tokenizer(), batch_size=batch)
+        need = memory.needs(tiny.CONFIG, DTypes(), batch=batch)
+        assert gen.engine.reader.prefixes.max_bytes == need.prefixes
+    # Of a large model an image for each answer and one more, 128 places each.
+    llama = MINIGPT4_VICUNA_7B.llama
+    row = memory.needs(MINIGPT4_VICUNA_7B, HALF, tokens=128, batch=8).kv // 9
+    assert row == 2 * 128 * llama.num_layers * llama.width * 2
+    assert memory.needs(MINIGPT4_VICUNA_7B, HALF, batch=8).prefixes == 9 * row
+    assert memory.needs(MINIGPT4_VICUNA_7B, HALF, prefix_bytes=0).prefixes == 0
 
 
 def test_weights_are_counted_as_they_are_held():

@@ -1,4 +1,4 @@
-"""Plans: rows without data, formulas, meshes; compiled ones are in test_plan_command.py."""
+"""Plans: rows without data, what is exchanged; compiled ones are in test_plan_command.py."""
 
 import math
 import re
@@ -6,17 +6,15 @@ import re
 import jax
 import pytest
 
-from configs import stage1
-from minigpt4_jax import checkpoint, chips, hlo, optim, projection, sharding, step
+from minigpt4_jax import checkpoint, hlo, optim, projection, sharding, step
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.models.layers import DTypes
-from minigpt4_jax.models.minigpt4 import PRESETS
+from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.projection import Lengths
 from tests import tiny
 from tests.training import config
 
 SHAPES = checkpoint.parameter_shapes(tiny.CONFIG)
-VICUNA = PRESETS["minigpt4_vicuna_13b"]
 
 
 def small(**knobs):
@@ -114,29 +112,7 @@ def test_a_token_of_generation_is_lowered_over_tensor():
     assert "all-reduce" in kinds
 
 
-def test_the_formula_prefers_what_fits_and_knows_what_does_not():
-    cfg = stage1.get_config("13b")
-    lengths = projection.mean_lengths(cfg, VICUNA)
-    one = projection.formula(
-        cfg, VICUNA, chips.parse("v5e:2x4"), dict(data=8, fsdp=1, tensor=1), lengths
-    )
-    assert not one.fits  # 13B whole on each chip
-    split = projection.formula(
-        cfg, VICUNA, chips.parse("v5e:2x4"), dict(data=1, fsdp=8, tensor=1), lengths
-    )
-    assert split.fits and 0.1 < split.mfu < 0.6
-    cfg.remat = "none"
-    said = " ".join(projection.advice(one.mesh, cfg))
-    assert "remat=block" in said and "accumulate=2" in said
-
-
-def test_meshes_divide_the_slice_the_batch_and_the_heads():
-    on = chips.parse("v5e:4x4")
-    found = projection.meshes(VICUNA, on, 256)
-    assert dict(data=1, fsdp=16, tensor=1) in found
-    for mesh in found:
-        assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 16
-        assert VICUNA.llama.num_kv_heads % mesh["tensor"] == 0
+def test_a_batch_that_does_not_split_over_the_mesh_is_refused():
     with pytest.raises(ConfigError, match="does not split"):
         projection.check_mesh(small(), dict(data=5, fsdp=1, tensor=1))
 
@@ -144,8 +120,15 @@ def test_meshes_divide_the_slice_the_batch_and_the_heads():
 def test_without_values_is_the_same_tree_as_with():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     patterns = (r"projector/.*",)
-    real = step.Trainables(tiny.model(), patterns)
-    none = step.without_values(tiny.CONFIG, patterns, mesh, DTypes())
-    assert none.frozen.keys() == real.frozen.keys()
-    for path, param in none.frozen.items():
-        assert param.get_value().shape == real.frozen[path].shape
+    for how in (Quantisation(), Quantisation("int8")):
+        model = tiny.model()
+        model.quantise(how)
+        real = step.Trainables(model, patterns)
+        none = step.without_values(
+            tiny.CONFIG, patterns, mesh, DTypes(), quantisation=how
+        )
+        assert none.frozen.keys() == real.frozen.keys()
+        for path, param in none.frozen.items():
+            value = param.get_value()
+            assert value.shape == real.frozen[path].shape
+            assert value.dtype == real.frozen[path].dtype

@@ -9,6 +9,7 @@ import tiny
 
 from minigpt4_jax import reading
 from minigpt4_jax.engine import Engine
+from minigpt4_jax.pool import LEAST_PLACES
 from minigpt4_jax.reading import padded, pieces
 from minigpt4_jax.request import GREEDY, Request, Sampling, user
 
@@ -142,6 +143,17 @@ def test_a_prompt_that_ends_in_an_image_is_answered(engine):
     np.testing.assert_allclose(event.logprobs[0], logprob_V[event.ids[0]], atol=1e-5)
     image_1QD[:, -1] += 0.5
     assert abs(forward(engine.model, *args, image_1QD) - logprob_V).max() > 1e-2
+
+
+def test_a_prefix_is_kept_in_no_more_places_than_it_needs(engine):
+    engine.reader.prefixes.clear()
+    long = ask("Why? " * 30, tiny.image(7))
+    first = answer(engine, long)
+    ((kept, size),) = engine.reader.prefixes._values.values()
+    assert engine.shapes.room(len(engine.prepare(long).ids)) > LEAST_PLACES
+    assert kept.segments_BS.shape == (1, LEAST_PLACES)
+    assert size == sum(x.nbytes for x in jax.tree.leaves(kept))
+    assert answer(engine, long) == first  # from what was kept, bit by bit
 
 
 def test_what_is_kept_is_bounded_by_bytes(engine):

@@ -42,6 +42,7 @@ def test_the_configs_that_are_shipped_pass(name):
         ("data__photos__weight", 0, "data.photos.weight=0; want a whole number"),
         ("data", {}, "data without a source"),
         ("cache__dtype", "float8", "config.cache.dtype 'float8'"),
+        ("quantize", "int4", "unknown config.quantize 'int4'"),
         ("loader__budget", 2.0, "loader.budget=2.0"),
         (
             "keep__every",
@@ -81,6 +82,13 @@ def test_a_run_may_get_longer_and_log_otherwise_but_nothing_else():
         "optim.peak_lr: 0.01, now 0.5",
         "seed: 3, now 7",
     ]
+
+
+def test_a_run_from_before_a_knob_goes_on_as_it_was():
+    old, new = config("frozen").to_dict(), config("frozen", quantize="int8").to_dict()
+    del old["quantize"]
+    assert run_config.differences(old, config("frozen").to_dict()) == []
+    assert run_config.differences(old, new) == ["quantize: , now int8"]
 
 
 def test_data_may_move_and_a_run_may_go_on_elsewhere():

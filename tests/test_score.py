@@ -100,13 +100,13 @@ def test_the_prompt_is_read_once(pair, monkeypatch):
     monkeypatch.setattr(score_lib, "ROW", 64)
     real = gen.engine.reader.whole
 
-    def counted(prompts, batch):
-        read.append(len(prompts))
-        return real(prompts, batch)
+    def counted(prepared):
+        read.append(len(prepared.ids))
+        return real(prepared)
 
     monkeypatch.setattr(gen.engine.reader, "whole", counted)
     gen.score(tiny.image(), "Who?", [ANSWERS[2]] * 5)
-    assert read == [1]
+    assert len(read) == 1
 
 
 def test_without_its_end_an_answer_is_a_beginning(pair):

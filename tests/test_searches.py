@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
 
+from minigpt4_jax import compilations
 from minigpt4_jax.engine import Engine
 from minigpt4_jax.errors import InputError
+from minigpt4_jax.generator import Generator
+from minigpt4_jax.reading import PIECES
 from minigpt4_jax.request import GREEDY, Message, Request, user
+from minigpt4_jax.schedule import READ_AT_ONCE
 
 BEAMS = dataclasses.replace(GREEDY, max_tokens=8, num_beams=2)
 
@@ -118,18 +123,76 @@ def test_the_same_shapes_compile_nothing_new(engine):
     assert sizes() == before
 
 
+def test_the_likeliest_tokens_are_told_at_each_place(engine):
+    told = dataclasses.replace(BEAMS, top_logprobs=3)
+    plain, found = submit(engine, ask(n=2)), submit(engine, ask("a", told, n=2))
+    forward = nnx.jit(lambda model, ids_1T: jax.nn.log_softmax(model(ids_1T)[0]))
+    prompt = engine.prepare(ask()).ids
+    for index in range(2):
+        event = found["a", index]
+        assert event.ids == plain["a", index].ids
+        ids_1T = np.array([[*prompt, *event.ids[:-1]]])
+        logprobs_TV = np.asarray(forward(engine.model, ids_1T))[len(prompt) - 1 :]
+        assert len(event.top_logprobs) == len(event.ids)
+        for pairs, logprobs_V in zip(event.top_logprobs, logprobs_TV):
+            assert [i for i, _ in pairs] == np.argsort(-logprobs_V)[:3].tolist()
+            want = np.sort(logprobs_V)[::-1][:3]
+            np.testing.assert_allclose([p for _, p in pairs], want, atol=1e-5)
+        assert plain["a", index].top_logprobs == ()
+
+
+def test_a_long_prompt_of_a_search_does_not_hold_up_what_runs(engine):
+    """Its pieces come between chunks."""
+    schedule = engine.schedule()
+    running = dataclasses.replace(BEAMS, num_beams=1, max_tokens=60)
+    schedule.add(engine.prepare(ask("plain", running)), 0.0)
+    list(schedule.step())
+    long = ask("search", messages=[user("Why? " * 80)])
+    assert len(engine.prepare(long).ids) > READ_AT_ONCE + PIECES[-1]
+    schedule.add(engine.prepare(long), 0.0)
+    events = list(schedule.step())
+    assert schedule.searching and schedule.search is None  # not all of it is read
+    assert [event.request_id for event in events] == ["plain"]
+    while schedule.busy:
+        events += schedule.step()
+    (found,) = [event for event in events if event.request_id == "search"]
+    assert found.ids == submit(engine, long)["search", 0].ids
+
+
+def test_a_search_that_is_cancelled_while_it_is_read_leaves_room_for_the_next(engine):
+    schedule = engine.schedule()
+    long = ask("search", messages=[user("Why? " * 80)])
+    for request in (long, ask("next")):
+        schedule.add(engine.prepare(request), 0.0)
+    list(schedule.step())
+    schedule.cancel("search")
+    events = []
+    while schedule.busy:
+        events += schedule.step()
+    reasons = {event.request_id: event.finish_reason for event in events}
+    assert reasons == {"search": "cancelled", "next": "length"}
+
+
+def test_nothing_is_compiled_after_warm_up_for_searches_and_scores(engine):
+    gen = Generator(engine.model, engine.tokenizer, batch_size=4, chunk=3)
+    assert gen.warm_up(60, beams=(2,), scores=True) > 0
+    before = compilations.count()
+    photo = tiny.image(0)
+    requests = [ask("1"), ask("2", messages=[user("Is it?", photo)], n=2), ask("3")]
+    assert len(submit(gen.engine, *requests)) == 4
+    gen.score(photo, "Is it?", ["Yes.", "No, it is not.", "A dog"])
+    assert compilations.count() == before
+
+
 def test_knobs_of_a_search_are_checked():
     for wrong in (
         dict(num_beams=0),
         dict(length_penalty=float("nan")),
         dict(early_stopping="always"),
         dict(early_stopping=1),
-        dict(num_beams=2, top_logprobs=3),
     ):
         with pytest.raises(InputError, match=[*wrong][-1]):
             dataclasses.replace(GREEDY, **wrong)
-    with pytest.raises(InputError, match="num_beams=1"):
-        ask(compat="reference")
 
 
 class Stacked(nnx.Module):

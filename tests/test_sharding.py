@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from minigpt4_jax import checkpoint, features, optim, sharding
 from minigpt4_jax.errors import ConfigError
 from minigpt4_jax.generator import Generator
-from minigpt4_jax.models.layers import DTypes
+from minigpt4_jax.models.layers import DTypes, untiled
 from minigpt4_jax.models.minigpt4 import PRESETS
 from minigpt4_jax.models.quantised import Quantisation
 from minigpt4_jax.request import GREEDY, Request, user
@@ -88,21 +88,22 @@ def test_an_axis_that_does_not_divide_its_dimension_is_dropped():
     ("path", "shape", "fsdp", "matrix"),
     [
         ("attn/q", (40, 5120, 40, 128), 8, (40, 5120, 5120)),
-        ("attn/q", (40, 5120, 40, 128), 256, (40, 2 * 5120, 5120 // 2)),
+        ("attn/q", (40, 5120, 40, 128), 256, (40, 640 * 40, 1, 8, 128)),
         ("attn/out", (40, 40, 128, 5120), 64, (40, 5120, 5120)),
-        ("mlp/up", (40, 5120, 13_824), 256, (40, 2 * 5120, 13_824 // 2)),
-        ("mlp/down", (40, 13_824, 5120), 256, (40, 4 * 13_824, 5120 // 4)),
+        ("mlp/up", (40, 5120, 13_824), 256, (40, 640 * 108, 1, 8, 128)),
+        ("mlp/down", (40, 13_824, 5120), 256, (40, 1728 * 40, 1, 8, 128)),
         ("mlp/down", (40, 13_824, 5120), 1, (40, 13_824, 5120)),
     ],
 )
 def test_a_kernel_is_held_so_that_each_part_is_whole_tiles(path, shape, fsdp, matrix):
     mesh = AbstractMesh((1, fsdp, 1), sharding.AXES)
     assert sharding.held(f"llama/blocks/{path}/kernel", shape, mesh) == matrix
-    assert fsdp == 1 or matrix[1] % (8 * fsdp) == 0
+    parts = matrix[1] if len(matrix) == 5 else matrix[1] // 8
+    assert fsdp == 1 or parts % fsdp == 0
 
 
-def test_kernels_held_in_blocks_multiply_as_before(monkeypatch):
-    monkeypatch.setattr(sharding, "TILE", (8, 1))  # which 8 parts of 24 rows are not
+def test_kernels_held_in_tiles_multiply_as_before(monkeypatch):
+    monkeypatch.setattr(sharding, "TILE", (4, 2))  # 8 parts of 24 rows are not whole
     mesh = sharding.make_mesh(data=1, fsdp=8)
     model, plain = tiny.model(), tiny.model()
     shapes = checkpoint.parameter_shapes(model.cfg)
@@ -111,9 +112,17 @@ def test_kernels_held_in_blocks_multiply_as_before(monkeypatch):
     want, got = plain(ids_BT), model(ids_BT)
     np.testing.assert_allclose(got, want, atol=2e-6)
     blocks = model.llama.blocks
-    assert blocks.attn.q.kernel.shape == (2, 8 * 24, 40 // 8)
-    assert blocks.mlp.gate.kernel.shape == (2, 24, 34)  # 8 does not divide 34
+    assert blocks.attn.q.kernel.shape == (2, 24 * 40 // 8, 1, 4, 2)
+    assert blocks.mlp.gate.kernel.shape == (2, 24, 34)  # 102 tiles for 8 devices
     assert blocks.attn.out.kernel.shape == (2, 4, 10, 24)  # not named
+
+
+def test_a_tile_is_rows_and_columns_that_lie_together():
+    x_EF = np.arange(4 * 6).reshape(4, 6)
+    tiles = np.asarray(sharding._shaped(x_EF[None], (1, 6, 1, 2, 2)))[0]
+    np.testing.assert_array_equal(tiles[1, 0], x_EF[:2, 2:4])
+    np.testing.assert_array_equal(tiles[3, 0], x_EF[2:, :2])
+    np.testing.assert_array_equal(untiled(tiles, 6), x_EF)
 
 
 def test_a_mesh_takes_the_devices_that_are_left_or_says_how_many_there_are():
@@ -281,8 +290,8 @@ def losses(mesh, data) -> list[float]:
     return found
 
 
-def test_what_is_held_in_blocks_is_released_in_the_order_of_the_files(monkeypatch):
-    monkeypatch.setattr(sharding, "TILE", (2, 1))  # 8 parts of 20 rows are not
+def test_what_is_held_in_tiles_is_released_in_the_order_of_the_files(monkeypatch):
+    monkeypatch.setattr(sharding, "TILE", (5, 2))  # 8 parts of 20 rows are not
     model, plain = tiny.model(), tiny.model()
     shapes = checkpoint.parameter_shapes(model.cfg)
     sharding.hold(model, set(shapes), sharding.make_mesh(data=1, fsdp=8))

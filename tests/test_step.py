@@ -408,10 +408,9 @@ def test_bfloat16_computes_products_and_keeps_norms_softmax_and_loss_in_float32(
 
 def fake_model(image_BQD, table_VD):
     """Only what word_loss reads: patches are the embeddings themselves."""
-    embed = SimpleNamespace(embedding=jnp.asarray(table_VD))
     return SimpleNamespace(
         project=lambda patches_BPE: jnp.asarray(image_BQD),
-        llama=SimpleNamespace(embed=embed),
+        llama=SimpleNamespace(embed=lambda ids_V: jnp.asarray(table_VD)[ids_V]),
     )
 
 

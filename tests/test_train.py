@@ -195,6 +195,33 @@ def short(chain, run_name: str, **changes) -> list[float]:
     return [record["loss"] for record in metrics(chain / run_name)]
 
 
+def test_a_run_over_an_int8_decoder_learns_and_its_resumed_one_is_the_unbroken_one(
+    chain, monkeypatch
+):
+    plain = short(chain, "in-floats")
+    losses = short(chain, "in-int8", quantize="int8")
+    assert 0 < np.abs(np.array(losses) - plain).max() < 0.02 * plain[0]
+    assert losses[-1] < losses[0]
+    log = workdir.WorkDir.log
+
+    def break_off(self, step, record):
+        log(self, step, record)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(workdir.WorkDir, "log", break_off)
+    cfg = stage_config(chain, "captions", "words")
+    cfg.optim.total_steps = cfg.save_every = cfg.eval_every = 6
+    cfg.quantize = "int8"
+    assert not run(chain, cfg, "int8-stopped")
+    monkeypatch.undo()
+    assert run(chain, workdir.saved_config(chain / "int8-stopped"), "int8-stopped")
+    assert_same_run(chain / "int8-stopped", chain / "in-int8")
+    cfg.quantize = ""
+    with pytest.raises(ConfigError, match="quantize: int8, now"):
+        run(chain, cfg, "int8-stopped")
+
+
 def test_runs_without_kept_features_packed_or_in_parts_learn_the_same(chain):
     """The same content in another form: only sums in another order."""
     want = short(chain, "plain")
@@ -250,6 +277,7 @@ def test_a_run_on_eight_devices_breaks_off_and_is_resumed(folder, monkeypatch):
     [
         ("batch_size", 3, "batch of 3 does not split over data=2"),
         ("trainable", ("projectr/.*",), "did you mean 'projector/"),
+        ("quantize", "int8", "llama/blocks/attn/k/kernel would be held in int8"),
         (
             "trainable",
             (".*",),
@@ -263,6 +291,8 @@ def test_what_cannot_train_is_refused_before_the_first_step(
     monkeypatch.setattr(train, "make_step", None)
     cfg = stage_config(folder, "words")
     cfg[knob] = value
+    if knob == "quantize":
+        cfg.trainable = ("projector/.*", "llama/.*")
     with pytest.raises(ConfigError, match=complaint):
         run(folder, cfg, f"refused-{len(str(value))}", devices=2)
 
@@ -271,6 +301,7 @@ def test_flags_that_are_absent_or_mistyped_end_with_a_sentence(folder):
     flags = ["--config", "configs/demo_stage1.py"]
     for more, code, complaint in (
         ([], 2, "train needs --workdir"),
+        (["--workdir=gs://bucket/run"], 2, "mount the bucket"),
         (["--config.batchsize=2"], 3, 'Did you mean "batch_size"'),
     ):
         command = [sys.executable, "-m", "minigpt4_jax.train", *flags, *more]

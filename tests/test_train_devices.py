@@ -36,13 +36,14 @@ def same_losses(path: Path, other: Path) -> None:
                 np.testing.assert_allclose(ours[name], theirs[name], rtol=RTOL)
 
 
-def run(folder: Path, name: str, devices: int, **mesh: int) -> None:
+def run(folder: Path, name: str, devices: int, quantize: str = "", **mesh: int) -> None:
     cfg = training.config(
         folder / "frozen",
         batch_size=8,
         optim__total_steps=4,
         save_every=2,
         eval_every=4,
+        quantize=quantize,
     )
     cfg.mesh.update(mesh)
     assert train.train(cfg, folder / name, devices=jax.devices()[:devices])
@@ -67,6 +68,13 @@ def test_a_run_over_several_devices_has_the_losses_of_one(
 ):
     run(folder, str(devices), devices, **mesh)
     same_losses(folder / str(devices), on_one)
+
+
+@pytest.mark.slow
+def test_a_run_over_an_int8_decoder_has_the_losses_of_one_device(folder):
+    run(folder, "int8-one", devices=1, quantize="int8")
+    run(folder, "int8-eight", devices=8, quantize="int8", fsdp=2, tensor=2)
+    same_losses(folder / "int8-eight", folder / "int8-one")
 
 
 def test_two_processes_end_at_the_same_step_and_one_goes_on(folder, on_one, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4_jax import cluster, locate, watchdog
+from minigpt4_jax import alive, cluster, locate, watchdog
 from minigpt4_jax.errors import DataError
 from minigpt4_jax.watchdog import Pace, Peer, judge
 from tests import dying, training, whole_runs
@@ -68,14 +68,35 @@ def test_ten_median_steps_are_allowed_where_that_is_more(clock):
     assert late(pace, clock, 0.2)
 
 
-def test_the_first_step_and_what_comes_before_have_more_time(clock):
+def test_the_first_step_has_more_time(clock):
     pace = Pace(LIMIT, OTHER, clock)
-    assert not late(pace, clock, 1000 * OTHER)
     pace.begin(7)
     pace.ended(7)  # the loop has not waited for any
     assert not late(pace, clock, OTHER - 0.1)
     said = late(pace, clock, 0.2)
     assert "its first step has not ended for 60 s" in said and "other_s=60" in said
+
+
+def test_each_part_of_what_comes_before_has_that_time_from_its_last_sign_of_life(clock):
+    pace = Pace(LIMIT, OTHER, clock)
+    for part in ("opening the data", "loading the model"):
+        pace.before(part)
+        assert not late(pace, clock, OTHER - 0.1)
+    for _ in range(3):  # longer than that, with signs of life
+        alive.sign()
+        assert not late(pace, clock, 0)  # the watchdog looks
+        assert not late(pace, clock, OTHER - 0.1)
+    said = late(pace, clock, 0.2)
+    assert said == (
+        "before its first step, loading the model: no sign of life for 60 s "
+        "(config.watchdog.other_s=60)"
+    )
+    alive.sign()
+    assert not late(pace, clock, 0)
+    pace.begin(0)
+    clock.now += OTHER - 0.1
+    alive.sign()
+    assert late(pace, clock, 0.2)  # the first step, which has none
 
 
 def test_what_is_no_step_has_its_own_limit_and_is_in_no_step(pace, clock):
@@ -154,6 +175,17 @@ def test_a_process_that_is_silent_or_gone_ends_the_run_whatever_the_others_do():
 def test_a_step_may_wait_for_another_process_that_is_allowed_what_it_does():
     assert judge(peers(WAITS, SAVES), 100, LIMIT) is None
     assert judge(peers(WAITS, (42, "save", "its save")), 100, LIMIT) is not None
+
+
+def test_who_stands_still_before_the_first_step_is_named():
+    stuck = "before its first step, restoring"
+    found = peers((7, "first step", ""), (0, stuck, f"{stuck}: no sign of life"))
+    assert judge(found, 100, LIMIT) is None  # the first one may go on with its own
+    found[0].status |= {"late": "its first step has not ended"}
+    assert judge(found, 100, LIMIT).text == (
+        "process 0: its first step has not ended; process 1 is before its first step, "
+        "restoring for 9 s; the others are after step 7 in its first step"
+    )
 
 
 def test_an_error_is_another_process_s_until_that_one_was_heard_of_since():
@@ -247,6 +279,18 @@ def test_a_bug_in_one_process_ends_the_other_and_has_a_traceback(tmp_path):
     assert "Traceback" in said[1] and "RuntimeError: a bug" in said[0]
 
 
+def test_both_processes_end_when_one_is_stuck_before_its_first_step(tmp_path):
+    codes, said, passed = ends(tmp_path, 1, "stuck", "before")
+    assert codes == [75, 75] and 4 < passed < 4 + SLACK_S
+    host = dying.socket.gethostname()
+    for words in said:
+        assert (
+            f"process 1 ({host}) is before its first step, loading the model" in words
+        )
+        assert "the others are after step 0 in its first step" in words
+    assert "in hurt" in (tmp_path / "stacks" / "1.txt").read_text()
+
+
 @pytest.mark.parametrize("when", [0, "save"])
 def test_a_slow_compile_or_save_of_one_process_ends_nothing(tmp_path, when):
     assert ends(tmp_path, 1, "takes its time", when)[0] == [0, 0]
@@ -329,6 +373,15 @@ def test_a_training_of_one_process_that_is_stuck_ends_and_goes_on(folder, tmp_pa
     assert "no step has ended for 3 s" in said and "it is after step 3" in said
     assert "in looks" in (path / "stacks" / "0.txt").read_text()
     goes_on(path, folder, of=1)
+
+
+@pytest.mark.slow  # the light processes above stand still there too
+def test_a_training_that_stands_still_before_its_first_step_ends(folder, tmp_path):
+    path = tmp_path / "run"
+    (code,), (said,), passed = train(path, folder, 0, "stuck", "load", of=1)
+    assert code == 75 and 4 < passed < 4 + SLACK_S
+    assert "before its first step, loading the model: no sign of life for 4 s" in said
+    assert "in load" in (path / "stacks" / "0.txt").read_text()
 
 
 # The command itself, which JAX's way out of Python belongs to.

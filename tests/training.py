@@ -116,6 +116,7 @@ def config(frozen: Path | str, **changes) -> ConfigDict:
                 accumulate=1,
             ),
             dtype="",
+            quantize="",
             remat="none",
             loader=dict(workers=0, prefetch=2, limit_s=60, budget=0.01),
             keep=dict(last=2, every=0),

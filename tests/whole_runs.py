@@ -115,7 +115,7 @@ def watched(
     port: int,
     path: Path,
     folder: Path,
-    hurt: tuple[int, str, int] | None = None,
+    hurt: tuple[int, str, int | str] | None = None,
     of: int = 2,
 ) -> None:
     """A process of a warm start under a watchdog of three seconds.
@@ -123,7 +123,8 @@ def watched(
     What it says is in PATH-INDEX.log.
 
     Args:
-        hurt: (process, what, step) as of dying.hurt, in that step (from 0).
+        hurt: (process, what, step) as of dying.hurt, in that step (from 0), or "load":
+            where the model is loaded, which may take a second more.
     """
     dying.say_into(path.with_name(f"{path.name}-{index}.log"))
     os.environ["XLA_FLAGS"] = (  # compiles twice as fast
@@ -138,15 +139,24 @@ def watched(
         cache__dtype="",
         loader__limit_s=1,
         watchdog__limit_s=3,
+        watchdog__other_s=4 if hurt and hurt[2] == "load" else 600,
     )
-    look = train.Guard.look
+    look, loads = train.Guard.look, train.checkpoint.load_model
 
     def looks(self, step, *args):
         look(self, step, *args)
         if hurt and (index, step) == (hurt[0], hurt[2]):
             dying.hurt(hurt[1], path.with_name(f"{path.name}-hurt"))
 
-    with mock.patch.object(train.Guard, "look", looks):
+    def load(*args, **kwargs):
+        if hurt and (index, "load") == (hurt[0], hurt[2]):
+            dying.hurt(hurt[1], path.with_name(f"{path.name}-hurt"))
+        return loads(*args, **kwargs)
+
+    with (
+        mock.patch.object(train.Guard, "look", looks),
+        mock.patch.object(train.checkpoint, "load_model", load),
+    ):
         dying.ends_as_a_command(
             lambda: train.train(cfg, path, jax.devices()[:of], team=team)
         )

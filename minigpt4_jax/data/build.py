@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minigpt4_jax import locate
+from minigpt4_jax import alive, locate
 from minigpt4_jax.data import workers
 from minigpt4_jax.data.index import FORMAT, PLACES, ROW, Found, is_whole
 from minigpt4_jax.errors import DataError
@@ -121,7 +121,7 @@ def _lock(place: Path, listing: Listing) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             logger.info("waiting for another run that scans %s", listing.root)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            alive.lock(handle)
     except OSError:  # a file system without locks
         os.close(handle)
         raise
@@ -176,6 +176,7 @@ def _build(listing: Listing, folder: Path) -> None:
             lines.write(json.dumps(entry) + "\n")
             lines.flush()
             bar.update(found.work)
+            alive.sign()
     _finish(listing, part, journal, totals)
     os.replace(part, folder)
     logger.info("scanned %s into %s", listing.root, folder)

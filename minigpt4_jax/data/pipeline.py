@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from minigpt4_jax import alive
 from minigpt4_jax.data import demo_texts
 from minigpt4_jax.data.plan import Plan
 from minigpt4_jax.data.prompts import (
@@ -210,7 +211,10 @@ class AnswerArrays:
     def fit(self, plan: Plan, steps: range, packed: int = 0, multiple: int = 1) -> None:
         """Set `sizes` to the smallest that hold these steps of the plan (row_sizes)."""
         shown = tqdm(steps, "lengths", disable=None)
-        found = [self.lengths(plan.picks(step)) for step in shown]
+        found = []
+        for step in shown:
+            found.append(self.lengths(plan.picks(step)))
+            alive.sign()
         tokens_SB, answers_SB = (np.array(part) for part in zip(*found, strict=True))
         self.sizes = row_sizes(tokens_SB, answers_SB, packed=packed, multiple=multiple)
         self.packed = packed > 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minigpt4_jax import locate
+from minigpt4_jax import alive, locate
 from minigpt4_jax.data import index, workers
 from minigpt4_jax.data.tokens import Tokenizer
 
@@ -61,6 +61,7 @@ def _count(
             lengths.append(some_lengths)
             counts.append(some_counts)
             bar.update(len(some_lengths))
+            alive.sign()
     starts = np.zeros(size + 1, np.int64)
     np.cumsum(np.concatenate(lengths), out=starts[1:])
     return starts, np.concatenate(counts)

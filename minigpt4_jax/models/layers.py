@@ -137,9 +137,8 @@ def linear(
 
     Args:
         x: [..., in], `axes` trailing input dimensions.
-        kernel: [in, out], any number of output dimensions. With `outs`, also a matrix of
-            its column blocks beneath each other, [blocks*in, out/blocks], as
-            sharding.held wants it.
+        kernel: [in, out], any number of output dimensions. With `outs`, also the tiles
+            of that matrix, row by row: [tiles, 1, 8, 128], as sharding.held wants it.
         bias: [out] or None.
         outs: the output dimensions; None: those of the kernel.
         out_dtype: dtype of the result, which sums keep anyway (None: compute).
@@ -152,26 +151,35 @@ def linear(
     x = x.astype(compute).reshape(*rest, ins)
 
     def multiply(x, kernel):
-        blocks = kernel.shape[0] // x.shape[-1] if kernel.ndim == 2 else 1
+        if kernel.ndim > axes + len(outs):
+            kernel = untiled(kernel, columns)
         # As matrices: a TPU's compiler makes convolutions of products over two
         # dimensions, and of one over heads and their features a slow one.
-        shape: tuple[int, ...] = (x.shape[-1], columns)
-        if blocks > 1:
-            shape = (blocks, x.shape[-1], columns // blocks)
-        y = jax.lax.dot_general(
+        return jax.lax.dot_general(
             x,
-            kernel.astype(compute).reshape(shape),
-            (((len(rest),), (len(shape) - 2,)), ((), ())),
+            kernel.astype(compute).reshape(x.shape[-1], columns),
+            (((len(rest),), (0,)), ((), ())),
             preferred_element_type=out_dtype,
         )
-        return y.reshape(*rest, columns)
 
     if scale is None:
         y = multiply(x, kernel)
     else:
         y = quantised.product(multiply, x, kernel, scale)
-    y = checkpoint_name(y, PRODUCT).reshape(*rest, *outs)
-    return y if bias is None else y + bias.astype(y.dtype)
+    y = checkpoint_name(y, PRODUCT)
+    if bias is not None:
+        y = y + bias.astype(y.dtype).reshape(-1)
+    return y.reshape(*rest, *outs)
+
+
+def untiled(tiles, columns: int):
+    """The matrix of tiles [tiles, 1, rows, columns], which lie row by row.
+
+    A TPU keeps matrices in such tiles, so that nothing is copied there.
+    """
+    *_, high, wide = tiles.shape
+    x = tiles.reshape(-1, columns // wide, high, wide)
+    return x.swapaxes(1, 2).reshape(-1, columns)
 
 
 class Linear(nnx.Module):
@@ -286,7 +294,9 @@ class MLP(nnx.Module):
         self.down = Linear(mlp_width, width, std=std, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, x):
-        return self.down(gelu(self.up(x)))
+        # Else a TPU's compiler may compute erf in the tiles of the first product, beside
+        # what it gathers meanwhile, in four times the time.
+        return self.down(gelu(jax.lax.optimization_barrier(self.up(x))))
 
 
 def attention_mask(segments_BT, positions_BT, segments_BS, positions_BS):

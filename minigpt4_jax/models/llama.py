@@ -345,12 +345,32 @@ def rotary_angles(positions_BT, cfg: LlamaConfig):
 def rotate(x_BTNK, angles_BTK):
     """Rotary embedding in Hugging Face's order: feature i turns with i + K/2."""
     cos, sin = jnp.cos(angles_BTK)[:, :, None], jnp.sin(angles_BTK)[:, :, None]
-    x = x_BTNK.astype(jnp.float32)
-    # Whole heads: of halves a TPU fills half of its lanes.
-    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
-    turned = x * jnp.concatenate([cos, cos], -1)
-    turned += swapped * jnp.concatenate([-sin, sin], -1)
+    turned = x_BTNK.astype(jnp.float32) * jnp.concatenate([cos, cos], -1)
+    turned += quarter_turned(x_BTNK) * jnp.concatenate([sin, sin], -1)
     return turned.astype(x_BTNK.dtype)
+
+
+def quarter_turned(x_BTNK):
+    """(-x[K/2:], x[:K/2]) of each head, in float32."""
+    if x_BTNK.dtype != jnp.bfloat16:
+        return halves_moved(x_BTNK)
+    # Of halves of heads a TPU fills half of its lanes.
+    how = dict(tpu=turned_by_product, default=halves_moved)
+    return jax.lax.platform_dependent(x_BTNK, **how)
+
+
+def halves_moved(x_BTNK):
+    """`quarter_turned`, as it is said."""
+    first, second = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def turned_by_product(x_BTNK):
+    """`quarter_turned` as a product whose sums have one term each, so it is exact."""
+    one = jnp.ones(x_BTNK.shape[-1] // 2, x_BTNK.dtype)
+    turn_KM = jnp.diag(one, len(one)) - jnp.diag(one, -len(one))
+    how = dict(preferred_element_type=jnp.float32)
+    return jnp.einsum("BTNK,KM->BTNM", x_BTNK, turn_KM, **how)
 
 
 def write(cache_BS, new_BT, length_B):

@@ -20,7 +20,8 @@ KINDS = ("int8", "int4")
 # ones lose more by rounding and have little to save: 32, as in GGUF's Q4_1, whose weights
 # so come back unchanged (5 bits).
 WIDE = 4096
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range; the one with least error
+CUTS = (0, 0.06, 0.12)  # of a group's range at either end; the pair with least error
+FITS = 4  # times that scale and offset are fitted to what the numbers then are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,36 +87,84 @@ def _whole(x, axis):
     return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def int4(kernel, axes: int = 1):
+@functools.partial(jax.jit, static_argnames=("axes", "group"))
+def int4(kernel, axes: int = 1, group: int = 0):
     """[in, out] -> (uint8 [in/2, out], float16 scale and offset [in/group, 2, out]).
 
     All input dimensions become one, so do those of the output. A byte has inputs i and
-    i + group, of two neighbouring groups.
+    i + group, of two neighbouring groups. Scale and offset are those of least squared
+    error that a few cuts of the range and fits by least squares find.
+
+    Args:
+        group: inputs that share a scale; 0: `group_size`.
     """
     ins = math.prod(kernel.shape[:axes])
-    group = group_size(ins)
+    group = group or group_size(ins)
     x_GIO = kernel.astype(jnp.float32).reshape(ins // group, group, -1)
     low_G1O, high_G1O = x_GIO.min(1, keepdims=True), x_GIO.max(1, keepdims=True)
-    best = None
-    for shrink in SHRINKS:
-        step = ((high_G1O - low_G1O) * shrink / 15).astype(jnp.float16)
-        middle = (low_G1O + high_G1O) / 2
-        start = jnp.where(step == 0, middle, middle - 7.5 * step.astype(jnp.float32))
-        start = start.astype(jnp.float16)
-        whole = (x_GIO - start) / jnp.where(step == 0, 1, step).astype(jnp.float32)
-        whole = jnp.clip(jnp.round(whole), 0, 15)
-        error = ((whole * step + start - x_GIO) ** 2).sum(1, keepdims=True)
-        found = (error, whole, step, start)
-        if best is None:
-            best = found
-        else:
-            better = error < best[0]
-            best = tuple(jnp.where(better, new, old) for new, old in zip(found, best))
-    _, whole, step, start = best
+    middle_G1O, range_G1O = (low_G1O + high_G1O) / 2, high_G1O - low_G1O
+    cuts = jnp.array([(low, high) for low in CUTS for high in CUTS], jnp.float32)
+    error_G1O = jnp.full_like(low_G1O, jnp.inf)
+    none = jnp.zeros_like(low_G1O, jnp.float16)
+
+    def better(best, step, start):
+        """The better one of what was found and this scale and offset."""
+        step, start = step.astype(jnp.float16), start.astype(jnp.float16)
+        whole_GIO = _nearest(x_GIO, step, start)
+        off_GIO = whole_GIO * step + start - x_GIO
+        new = (off_GIO**2).sum(1, keepdims=True), step, start
+        return tuple(jnp.where(new[0] < best[0], n, old) for n, old in zip(new, best))
+
+    def cut(i, best):
+        low, high = cuts[i]
+        step = (range_G1O * (1 - low - high) / 15).astype(jnp.float16)
+        start = low_G1O + low * range_G1O
+        return better(best, step, jnp.where(step == 0, middle_G1O, start))
+
+    def fit(_, best):
+        whole_GIO = _nearest(x_GIO, *best[1:])
+        mean_G1O, middle = (
+            whole_GIO.mean(1, keepdims=True),
+            x_GIO.mean(1, keepdims=True),
+        )
+        from_mean_GIO = whole_GIO - mean_G1O
+        spread_G1O = (from_mean_GIO**2).sum(1, keepdims=True)
+        shared_G1O = (from_mean_GIO * x_GIO).sum(1, keepdims=True)
+        step = shared_G1O / jnp.where(spread_G1O == 0, 1, spread_G1O)
+        return better(best, step, middle - step * mean_G1O)
+
+    # Loops, so that a kernel is read as often as there are candidates, and not kept so
+    # often.
+    best = jax.lax.fori_loop(0, len(cuts), cut, (error_G1O, none, none))
+    _, step, start = jax.lax.fori_loop(0, FITS, fit, best)
+    whole = _nearest(x_GIO, step, start)
     pairs = whole.astype(jnp.uint8).reshape(-1, 2, *whole.shape[1:])
     packed = pairs[:, 0] | (pairs[:, 1] << 4)
     return packed.reshape(ins // 2, -1), jnp.concatenate([step, start], axis=1)
+
+
+def _nearest(x_GIO, step_G1O, start_G1O):
+    """The whole numbers that stand for x best."""
+    step = jnp.where(step_G1O == 0, 1, step_G1O).astype(jnp.float32)
+    return jnp.clip(jnp.round((x_GIO - start_G1O) / step), 0, 15)
+
+
+def rounded(path: str, floats, like, scale):
+    """A parameter, or one layer of a stack -> its whole numbers and their scales.
+
+    Args:
+        path: of the parameter.
+        like, scale: shape and dtype of both for the whole parameter, as
+            MiniGPT4.quantise gives them.
+    """
+    floats = jnp.asarray(floats)
+    if path.endswith("embedding"):
+        whole, made = int8(floats.T)
+        return whole.T, made
+    if like.dtype == jnp.uint8:
+        return int4(floats.reshape(2 * like.shape[-2], -1))
+    ins = math.prod(like.shape) // math.prod(scale.shape)
+    return int8(floats.reshape(ins, -1))
 
 
 def unpacked(kernel, scale, dtype):
@@ -186,8 +235,8 @@ def product_of_rows(multiply: Callable, x, kernel_OI, scale_O):
 def _pieces(ins: int, kernel, scale, size: int) -> int:
     """Into how many pieces along its inputs a kernel goes, each at most PIECE bytes."""
     packed = kernel.dtype == jnp.uint8
-    if not packed and kernel.ndim == 2 and kernel.shape[0] > ins:
-        return 1  # in column blocks (sharding.held), for training
+    if not packed and kernel.ndim == 4:
+        return 1  # tiles (sharding.held), for training
     weights = kernel.size * (2 if packed else 1)
     pairs = scale.shape[0] // 2 if packed else ins  # of groups; not to be cut
     least = math.ceil(weights * size / PIECE)
