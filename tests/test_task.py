@@ -121,3 +121,13 @@ def test_photos_that_cannot_be_decoded_are_not_asked_about(folder, monkeypatch):
 
     monkeypatch.setattr(task, "read_image", refuse)
     assert [photo.key for photo in make(folder).photos] == ["00006", "00007"]
+
+
+def test_each_example_of_a_small_val_is_looked_at_once_in_rows_of_its_length(folder):
+    batch_size = 1
+    found = make(folder, loss="descriptions", batch_size=batch_size)
+    seen = [tuple(batch["ids_RT"][batch["ids_RT"] > 0]) for batch in found.val_batches]
+    assert len(seen) == len(set(seen)) == 3
+    tokens = [batch["ids_RT"].shape[1] for batch in found.val_batches]
+    longest = max(int((batch["segments_RT"] > 0).sum()) for batch in found.val_batches)
+    assert set(tokens) == {longest}
