@@ -27,8 +27,8 @@ from minigpt4_jax import compilations, errors
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.request import Sampling
 from minigpt4_jax.serving import site
-from minigpt4_jax.serving.turns import Conversation
 from minigpt4_jax.serving.photos import FOLDER, Album
+from minigpt4_jax.serving.turns import Conversation
 
 API = "/gradio_api"
 QUESTIONS = ("What is in this photo?", "What is in front of it?")

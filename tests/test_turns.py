@@ -5,8 +5,8 @@ import pytest
 
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.request import Sampling, Usage
-from minigpt4_jax.serving.turns import Conversation, note
 from minigpt4_jax.serving.photos import Photo
+from minigpt4_jax.serving.turns import Conversation, note
 
 GREY, BLACK = (
     Photo(np.full((4, 4, 3), value, np.uint8), f"/shown/{value}.jpg", key=str(value))

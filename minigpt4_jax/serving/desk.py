@@ -16,9 +16,9 @@ from minigpt4_jax.errors import InputError
 from minigpt4_jax.gaze import Gaze, light
 from minigpt4_jax.loop import BusyError, ClosedError
 from minigpt4_jax.request import Sampling
-from minigpt4_jax.serving.turns import Conversation, note
 from minigpt4_jax.serving.photos import Album, Photo, examples
 from minigpt4_jax.serving.talks import Talks
+from minigpt4_jax.serving.turns import Conversation, note
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import gradio as gr
 
 from minigpt4_jax.generator import Generator
 from minigpt4_jax.request import Sampling
-from minigpt4_jax.serving.turns import Conversation
 from minigpt4_jax.serving.desk import Desk
 from minigpt4_jax.serving.photos import Example
+from minigpt4_jax.serving.turns import Conversation
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CSS = ASSETS / "web.css"
