@@ -107,8 +107,8 @@ class Desk:
 
     def reset(self, conversation: Conversation, request: gr.Request) -> Shown:
         """Forget all; an answer on its way ends unseen."""
+        conversation.turns.clear()  # first, so that it shows no more of them
         self.talks.stop(_session(request))
-        conversation.turns.clear()
         return self._show(conversation, gr.update(value="", **READY))
 
     def example(
