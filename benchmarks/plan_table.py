@@ -319,10 +319,7 @@ of the best. That batch is **a change of recipe**. Tried are 1, 2, 3, 4, 6, 8, 1
 TAIL = """\
 ## What was compiled
 
-Meshes are those that were best by formula then, or compared. Rows of commit 5b65b1d are
-rounded, as they were printed; those whose `fsdp` spans three dimensions of a torus (all of a
-v4:4x8x8 or v5p:4x8x8) are about 6 % fast, as of exchanges that the compiler had made one of
-several only the first was timed.
+Meshes are those that were best by formula then, or compared.
 """
 
 

@@ -37,13 +37,13 @@ class Constants:
     waits: by `tensor`, how much longer its sums and smaller products take than the links.
     """
 
-    products: float = 0.9
-    touched: float = 16.1
-    exposed: float = 0.19
-    zeros: float = 6.2
-    waits2: float = 1.35
-    waits4: float = 5.6
-    waits8: float = 2.8
+    products: float = 0.96
+    touched: float = 11.43
+    exposed: float = 0.44
+    zeros: float = 8.43
+    waits2: float = 1.5
+    waits4: float = 7.3
+    waits8: float = 3.48
 
 
 FITTED = Constants()
