@@ -41,7 +41,7 @@ STAGES = {1: stage1, 2: stage2}
 EACH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 HALF = 0.5
 NEAR = 0.01  # of a MFU: more examples give no more than that
-TIE = 0.03  # of a time: the formula does not know better
+TIE = 0.04  # of a time: the formula does not know better
 REMATS = ("none", "block")
 COLUMNS = (
     "slice chips batch mesh remat|GiB of|ms|MFU %|hours|compiled, ms|MFU %"
@@ -304,8 +304,8 @@ Made by `python -m benchmarks.plan_table`. No TPU has run any of this: times are
 `minigpt4_jax/formula.py`, and where a step was compiled (`docs/compiled.json`), those of
 its program by the compiler's estimates. [scaling.md](scaling.md) says how far these are to
 be trusted, and what an example is. The mesh is `data fsdp tensor`, the best of all by
-formula, or one within 3 % of it that was compiled; MFU counts useful work only; hours are of the stage's examples at the
-reference's (5.12 million in stage 1, 12,000 in stage 2).
+formula, or one within 4 % of it that was compiled; MFU counts useful work only; hours are
+of the stage's examples at the reference's (5.12 million in stage 1, 12,000 in stage 2).
 
 Of each slice there are two lines: the reference's batch, and with * the smallest batch
 whose MFU passes 50 % by formula, or where none does that fits, the smallest within a point
@@ -346,11 +346,12 @@ def ratios_of(name: str, known: Sequence[Compiled]) -> list[float]:
 
 def fed(rows: Sequence[Row], known: Sequence[Compiled]) -> Iterator[str]:
     """Of each chip and model: the largest slice that a batch of 256 feeds."""
+    compiled = {entry.key: entry for entry in known if entry.seconds}
     yield (
-        "| chip | model | largest slice at 50 % of its peak | the same, corrected by "
-        "that chip's median |"
+        "| chip | model | largest slice at 50 % of its peak, by formula | the same, "
+        "compiled | or corrected by that chip's median |"
     )
-    yield "| --- | --- | --- | ---: |"
+    yield "| --- | --- | --- | ---: | ---: |"
     pairs = dict.fromkeys((r.on.chip.name, r.model) for r in rows if r.stage == 1)
     for name, model in pairs:
         own = config(1, model).batch_size
@@ -361,7 +362,7 @@ def fed(rows: Sequence[Row], known: Sequence[Compiled]) -> Iterator[str]:
             and row.found.batch == own
         ]
         if not found:
-            yield f"| {name} | {model} | none holds it | |"
+            yield f"| {name} | {model} | none holds it | | |"
             continue
         if fast := [row for row in found if row.found.mfu >= HALF]:
             shown = max(fast, key=lambda row: row.on.chips)
@@ -370,9 +371,13 @@ def fed(rows: Sequence[Row], known: Sequence[Compiled]) -> Iterator[str]:
             shown = max(found, key=lambda row: row.found.mfu)
             said = f"none; best is {100 * shown.found.mfu:.0f} % on {shown.on}"
         ratios = ratios_of(name, known)
-        nearer = 100 * shown.found.mfu * statistics.median(ratios) if ratios else None
-        corrected = f"{nearer:.0f} %" if nearer else ""
-        yield f"| {name} | {model} | {said} | {corrected} |"
+        seen = nearer = ""
+        if shown.key in compiled:
+            took = compiled[shown.key].seconds
+            seen = f"{100 * shown.found.mfu * shown.found.seconds / took:.1f} %"
+        elif ratios:
+            nearer = f"{100 * shown.found.mfu * statistics.median(ratios):.0f} %"
+        yield f"| {name} | {model} | {said} | {seen} | {nearer} |"
 
 
 def line(row: Row, compiled: Compiled | None) -> str:

@@ -65,15 +65,18 @@ class Chat:
             compat=self._compat,
         )
         said: list[str] = []
+        ended = False
+        turns = self.messages
         self._under_way = request.id
         try:
             for event in self.generator.submit([request]):
-                nothing = event.finish_reason == "cancelled" and not any(said)
-                said = [] if event.error or nothing else [*said, event.piece]
+                said = [] if event.error else [*said, event.piece]
+                ended = event.finish_reason not in (None, "cancelled", "error")
                 yield event
         finally:
             self._under_way = ""
-            if said:
+            # Not after a reset meanwhile, which has begun another list.
+            if (any(said) or ended) and self.messages is turns:
                 self.messages += [turn, Message("assistant", "".join(said))]
 
     def stop(self) -> None:

@@ -112,3 +112,22 @@ def test_an_answer_stopped_before_its_first_word_leaves_the_chat_as_it_was(
     monkeypatch.setattr(gen.engine, "prepare", stopped)
     (event,) = chat.events("Hm?", tiny.image())
     assert event.finish_reason == "cancelled" and chat.messages == []
+
+
+def test_a_turn_of_which_nothing_was_heard_is_left_out(gen, monkeypatch):
+    """Pieces may be empty, as where a stop string may have begun."""
+    chat = gen.chat(sampling=SHORT)
+    monkeypatch.setattr(gen, "submit", lambda requests: iter([Event("a", piece="")]))
+    events = chat.events("Hm?")
+    next(events)
+    events.close()
+    assert chat.messages == []
+
+
+def test_a_reset_during_an_answer_stays_one(gen):
+    chat = gen.chat(sampling=SHORT)
+    stream = chat.stream("Hm?")
+    next(stream)
+    chat.reset()
+    list(stream)
+    assert chat.messages == []

@@ -100,7 +100,8 @@ def test_features_that_are_kept_spare_a_step_the_vit():
 def test_the_formula_is_near_what_was_compiled(chip):
     ratios = []
     for entry in COMPILED:
-        if entry["slice"].startswith(f"{chip}:") and entry["seconds"]:
+        of_chip = entry["slice"].startswith(f"{chip}:") and entry["stage"] == 1
+        if of_chip and entry["seconds"]:
             cfg = stage1.get_config(entry["model"])
             cfg.batch_size, cfg.remat = entry["batch"], entry["remat"]
             preset = plan.find_preset(cfg.checkpoint, None)
@@ -110,4 +111,4 @@ def test_the_formula_is_near_what_was_compiled(chip):
             )
             ratios.append(found.seconds / entry["seconds"])
             assert 0.75 < found.peak / max(entry["peak"], 2**30) < 1.6, entry
-    assert len(ratios) > 3 and all(0.7 < ratio < 1.35 for ratio in ratios), ratios
+    assert len(ratios) >= 3 and all(0.7 < ratio < 1.35 for ratio in ratios), ratios

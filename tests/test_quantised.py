@@ -187,3 +187,11 @@ def test_an_unknown_format_is_an_error_with_the_known_ones():
     ):
         with pytest.raises(ConfigError, match=f"unknown {name} .*int8"):
             Quantisation(*wrong)
+
+
+def test_a_weight_that_is_no_number_stays_seen_in_four_bits():
+    x_IO = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    x_IO[3, 1], x_IO[5, 2] = np.nan, np.inf
+    y_IO = np.asarray(quantised.unpacked(*quantised.int4(x_IO), np.float32))
+    assert np.isfinite(y_IO[:, [0, 3]]).all()
+    assert not np.isfinite(y_IO[3, 1]) and not np.isfinite(y_IO[5, 2])

@@ -114,7 +114,9 @@ def int4(kernel, axes: int = 1, group: int = 0):
         whole_GIO = _nearest(x_GIO, step, start)
         off_GIO = whole_GIO * step + start - x_GIO
         new = (off_GIO**2).sum(1, keepdims=True), step, start
-        return tuple(jnp.where(new[0] < best[0], n, old) for n, old in zip(new, best))
+        # Not `new < best`: what is not a number would then be left out, and stand as 0.
+        kept = new[0] >= best[0]
+        return tuple(jnp.where(kept, old, n) for n, old in zip(new, best))
 
     def cut(i, best):
         low, high = cuts[i]
