@@ -71,12 +71,19 @@ class Page:
             time.sleep(0.1)
         return found
 
+    def texts(self, selector: str) -> list[str]:
+        """What is to be read there; in one step, as a message may be drawn anew."""
+        code = (
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
+        )
+        return [text for text in self.driver.execute_script(code, selector) if text]
+
     def text(self) -> str:
-        return self.all("#chat")[0].text if self.all("#chat") else ""
+        return "\n".join(self.texts("#chat"))
 
     def said(self, role: str) -> list[str]:
         """Texts of the messages of "user" or "bot"."""
-        return [e.text for e in self.all(f'#chat [data-testid="{role}"]') if e.text]
+        return [t.strip() for t in self.texts(f'#chat [data-testid="{role}"]')]
 
     def upload(self, path: Path) -> None:
         self.one('#photo input[type="file"]').send_keys(str(path))
@@ -94,8 +101,7 @@ class Page:
         return bool(self.all("#box button.submit-button"))
 
     def warning(self) -> str:
-        self.wait(lambda: self.all(".toast-body"))
-        return self.all(".toast-body")[0].text
+        return self.wait(lambda: "\n".join(self.texts(".toast-body")))
 
     def shoot(self, name: str) -> PIL.Image.Image:
         time.sleep(1)  # transitions
