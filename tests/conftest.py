@@ -1,6 +1,7 @@
 """What every test gets: eight virtual devices, no hub, a cache folder of its own."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array
+
+
+# A shell's background job ignores SIGINT, and so would what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from starlette.middleware import Middleware
+from uvicorn.config import LOGGING_CONFIG
 
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.gaze import Gaze
@@ -80,6 +81,10 @@ class Site:
             ) from error
 
     def _launch(self, host, port, auth, share):
+        # Its own set-up closes all handlers that are there, absl's with their stream.
+        levels = {name: {"level": "INFO"} for name in LOGGING_CONFIG["loggers"]}
+        empty: dict = dict(formatters={}, handlers={}, loggers=levels)
+        LOGGING_CONFIG.update(incremental=True, **empty)
         return self.page.launch(
             server_name=host,
             server_port=port or _free_port(host),
