@@ -12,6 +12,7 @@ import httpx
 import PIL.Image
 import pytest
 import tiny
+from gradio import processing_utils
 
 from benchmarks.web import API, KNOBS, Tab, answers, judged, photos, together, wanted
 from minigpt4_jax import compilations
@@ -381,16 +382,44 @@ def test_no_payload_makes_a_file_of_the_machine_a_photo(opened, tab, tmp_path, k
         },
         "data": {"path": None, "url": f"data:text/plain,{secret}", "meta": meta},
     }[key]
+
+    def asked():
+        return list(tab.ask("Why?", max_tokens=3))
+
+    def looked():
+        return list(tab.values("look", [tab.photo]))
+
+    tab.upload(png())  # what a photo of one's own gives
+    assert "<photo>" in json.dumps(asked()) and "file=" in json.dumps(looked())
+    tab.call("reset", [None])
     tab.photo = fake
-    for call in (
-        lambda: list(tab.ask("Why?", max_tokens=3)),
-        lambda: list(tab.values("look", [fake])),
-    ):
+    for call in (asked, looked):
         try:
             found = json.dumps(call())
         except (RuntimeError, httpx.HTTPStatusError):
             continue
         assert "<photo>" not in found and "file=" not in found
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_address_is_fetched_for_anybody(tab, monkeypatch, scheme):
+    asked = []
+
+    async def get(url, *_, **__):
+        asked.append(url)
+        return httpx.Response(200, content=png())
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
+    meta = {"_type": "gradio.FileData"}
+    address = {"path": f"{scheme}://8.8.8.8/a.png", "meta": meta}
+    for name, data in (
+        ("ask", [None, "Why?", address, *SETTINGS]),
+        ("ask", [None, address, None, *SETTINGS]),
+        ("look", [address]),
+    ):
+        with pytest.raises(RuntimeError, match="addresses are not fetched"):
+            list(tab.values(name, data))
+    assert not asked
 
 
 def test_an_upload_lands_in_the_sites_own_folder_whatever_it_is_called(opened, tab):

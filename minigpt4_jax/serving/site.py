@@ -6,7 +6,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
+from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from minigpt4_jax.errors import InputError
@@ -53,6 +55,7 @@ class Site:
         auth: tuple[str, str] | None = None,
         share: bool = False,
     ):
+        _fetch_nothing()
         gaze = None if generator.model.qformer is None else Gaze(generator.model)
         # A folder for nobody else: uploads of other programs that use Gradio lie in one
         # that all of them would serve.
@@ -144,6 +147,27 @@ def warm_searches(generator: Generator, ended: threading.Event) -> None:
         if ended.is_set():
             return
         list(generator.submit([Request([message], Sampling(num_beams=beams))]))
+
+
+def _fetch_nothing() -> None:
+    """Keep Gradio from downloading the address that a visitor gives for a file.
+
+    It would take any public one, of any size, from this machine.
+    """
+
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise gr.Error(
+            "Upload the file: addresses are not fetched.", print_exception=False
+        )
+
+    def refuse_at_once(url: str, cache_dir: str) -> str:
+        raise gr.Error(
+            "Upload the file: addresses are not fetched.", print_exception=False
+        )
+
+    processing_utils.async_ssrf_protected_download = refuse
+    processing_utils.ssrf_protected_download = refuse_at_once
+    processing_utils.save_url_to_cache = refuse_at_once
 
 
 def _free_port(host: str) -> int:
