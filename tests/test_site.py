@@ -1,5 +1,6 @@
 """The page over HTTP, as a browser asks it, with a tiny model behind it."""
 
+import contextlib
 import io
 import json
 import os
@@ -257,11 +258,22 @@ def test_what_cannot_be_answered_is_told_and_changes_nothing(
 def test_a_second_question_while_an_answer_comes_is_refused(opened, tab):
     steps = tab.ask("Why?", max_tokens=LONG)
     next(steps)
-    _twin(tab).join("ask", [None, "Impatient?", None, *SETTINGS])
+    boxes: list = []
+
+    def impatient():
+        asked = _twin(tab).values("ask", [None, "Impatient?", None, *SETTINGS])
+        with contextlib.suppress(RuntimeError):
+            boxes.extend(box for _, box, _ in asked)
+
+    thread = threading.Thread(target=impatient)
+    thread.start()
     heard: list = []
     with pytest.raises(RuntimeError, match="still on its way"):
         heard.extend(steps)
+    thread.join(timeout=30)
     assert len(answers(heard[-1])) == 1  # the first one goes on
+    # Its words are kept, and the button that stops the first one stays.
+    assert boxes == [{"value": "Impatient?", "__type__": "update"}]
 
 
 def test_a_full_line_is_told_in_friendly_words(opened, tab, monkeypatch):
@@ -270,6 +282,24 @@ def test_a_full_line_is_told_in_friendly_words(opened, tab, monkeypatch):
     monkeypatch.setattr(opened.server, "submit", _busy)
     with pytest.raises(RuntimeError, match="Many people are asking just now"):
         list(tab.ask("Why?"))
+
+
+@pytest.mark.parametrize("name", ["retry", "edit"])
+def test_a_refused_retry_or_edit_leaves_the_conversation_as_it_was(
+    opened, tab, monkeypatch, name
+):
+    for question in ("One?", "Two?", "Three?"):
+        *_, said = tab.ask(question, max_tokens=3)
+    event = {"index": 0, "value": "Other?", "previous_value": "One?"}
+    with monkeypatch.context() as full:
+        full.setattr(opened.server, "submit", _busy)
+        with pytest.raises(RuntimeError, match="Many people"):
+            list(tab.press(name, [None, *SETTINGS], event))
+    too_hot = [*SETTINGS[:1], -3, *SETTINGS[2:]]
+    with pytest.raises(RuntimeError):
+        list(tab.press(name, [None, *too_hot], event))
+    *_, more = tab.ask("Four?", max_tokens=3)
+    assert more[: len(said)] == said and len(answers(more)) == 4
 
 
 def _busy(_):
