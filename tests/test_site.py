@@ -1,12 +1,12 @@
 """The page over HTTP, as a browser asks it, with a tiny model behind it."""
 
-import contextlib
 import io
 import json
 import os
 import stat
 import threading
 import time
+import types
 from pathlib import Path
 
 import httpx
@@ -19,9 +19,13 @@ from benchmarks.web import API, KNOBS, Tab, answers, judged, photos, together, w
 from minigpt4_jax import compilations
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.request import Event, Usage
 from minigpt4_jax.serving import photos as samples
 from minigpt4_jax.serving import site
+from minigpt4_jax.serving.desk import Desk
 from minigpt4_jax.serving.photos import Album
+from minigpt4_jax.serving.talks import Talks
+from minigpt4_jax.serving.turns import Conversation
 
 HERE = Path(__file__).resolve()
 LONG = 250  # tokens: an answer that does not end by itself while a test looks
@@ -258,22 +262,57 @@ def test_what_cannot_be_answered_is_told_and_changes_nothing(
 def test_a_second_question_while_an_answer_comes_is_refused(opened, tab):
     steps = tab.ask("Why?", max_tokens=LONG)
     next(steps)
-    boxes: list = []
-
-    def impatient():
-        asked = _twin(tab).values("ask", [None, "Impatient?", None, *SETTINGS])
-        with contextlib.suppress(RuntimeError):
-            boxes.extend(box for _, box, _ in asked)
-
-    thread = threading.Thread(target=impatient)
-    thread.start()
+    _twin(tab).join("ask", [None, "Impatient?", None, *SETTINGS])
     heard: list = []
     with pytest.raises(RuntimeError, match="still on its way"):
         heard.extend(steps)
-    thread.join(timeout=30)
     assert len(answers(heard[-1])) == 1  # the first one goes on
-    # Its words are kept, and the button that stops the first one stays.
-    assert boxes == [{"value": "Impatient?", "__type__": "update"}]
+
+
+@pytest.fixture
+def desk(opened):
+    return Desk(Talks(opened.server), Album(tiny.CONFIG.vit, Path(opened.folder)), None)
+
+
+ME = types.SimpleNamespace(session_hash="me")
+
+
+def test_a_refused_question_leaves_its_words_and_the_stop_button(desk):
+    with desk.talks.turn("me"):
+        ((_, box, _),) = desk.ask(Conversation(), "Impatient?", None, *SETTINGS, ME)
+    assert box == {"value": "Impatient?", "__type__": "update"}
+
+
+def test_an_answer_stopped_before_its_first_word_is_taken_back(desk, monkeypatch):
+    spent = Usage(9, 0, 0.0, 1.0, 0)
+    stopped = [Event("a", finish_reason="cancelled", usage=spent)]
+    conversation = Conversation()
+    short = list((KNOBS | dict(max_tokens=3)).values())
+    list(desk.ask(conversation, "One?", None, *short, ME))
+    monkeypatch.setattr(Talks, "_events", lambda *_: iter(stopped))
+    *_, (messages, box, _) = desk.ask(conversation, "Two?", None, *SETTINGS, ME)
+    assert [turn.question for turn in conversation.turns] == ["One?"]
+    assert messages == conversation.shown()[0] and conversation.asked == 1
+    assert box["value"] == "Two?" and not box["stop_btn"]
+
+
+def test_the_warm_up_of_searches_ends_when_the_page_does():
+    ended, cancelled, submitted = threading.Event(), threading.Event(), []
+
+    def submit(requests):
+        submitted.extend(requests)
+        ended.set()  # in the middle of the first search
+        assert cancelled.wait(30)
+        return iter(())
+
+    def cancel(request_id):
+        if request_id == submitted[0].id:
+            cancelled.set()
+
+    model = types.SimpleNamespace(cfg=tiny.CONFIG)
+    fake = types.SimpleNamespace(model=model, submit=submit, cancel=cancel)
+    site.warm_searches(fake, ended)
+    assert len(submitted) == 1
 
 
 def test_a_full_line_is_told_in_friendly_words(opened, tab, monkeypatch):

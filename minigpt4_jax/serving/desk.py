@@ -165,9 +165,10 @@ class Desk:
         request: gr.Request,
         old: Turn | None = None,
     ) -> Iterator[Shown]:
-        """Args:
-        old: the turn in whose place this one comes; it and all after it are forgotten
-            unless nothing comes of this one.
+        """Asks and streams; a turn of which nothing comes leaves all as it was.
+
+        Args:
+            old: the turn in whose place this one comes; it goes with all after it.
         """
         before = turn = None
         try:
@@ -187,6 +188,12 @@ class Desk:
                     if turn not in conversation.turns:  # reset meanwhile
                         break
                     turn.answer += event.piece
+                    if event.finish_reason == "cancelled" and not turn.answer:
+                        conversation.restore(*before)
+                        yield self._show(
+                            conversation, gr.update(value=question, **READY)
+                        )
+                        return
                     if event.finish_reason:
                         turn.note = note(event.usage, event.finish_reason)
                     yield self._show(conversation, gr.skip())

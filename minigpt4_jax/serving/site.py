@@ -143,10 +143,28 @@ def warm_searches(generator: Generator, ended: threading.Event) -> None:
     """
     size = generator.model.cfg.vit.image_size
     message = user("What is in this photo?", np.zeros((size, size, 3), np.uint8))
-    for beams in range(2, 1 + layout.MOST_BEAMS):
-        if ended.is_set():
-            return
-        list(generator.submit([Request([message], Sampling(num_beams=beams))]))
+    # As many tokens as the page asks for: fewer would compile other shapes.
+    requests = [
+        Request([message], Sampling(num_beams=beams))
+        for beams in range(2, 1 + layout.MOST_BEAMS)
+    ]
+    done = threading.Event()
+
+    def watch() -> None:
+        """A search has no event before its last, so it is ended from beside it."""
+        while not done.wait(0.1):
+            if ended.is_set():
+                for request in requests:
+                    generator.cancel(request.id)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for request in requests:
+            if ended.is_set():
+                return
+            list(generator.submit([request]))
+    finally:
+        done.set()
 
 
 def _fetch_nothing() -> None:
@@ -155,19 +173,16 @@ def _fetch_nothing() -> None:
     It would take any public one, of any size, from this machine.
     """
 
-    async def refuse(url: str, cache_dir: str) -> str:
-        raise gr.Error(
-            "Upload the file: addresses are not fetched.", print_exception=False
-        )
+    def refuse(url: str, cache_dir: str) -> str:
+        sentence = "Upload the file: addresses are not fetched."
+        raise gr.Error(sentence, print_exception=False)
 
-    def refuse_at_once(url: str, cache_dir: str) -> str:
-        raise gr.Error(
-            "Upload the file: addresses are not fetched.", print_exception=False
-        )
+    async def refuse_later(url: str, cache_dir: str) -> str:
+        return refuse(url, cache_dir)
 
-    processing_utils.async_ssrf_protected_download = refuse
-    processing_utils.ssrf_protected_download = refuse_at_once
-    processing_utils.save_url_to_cache = refuse_at_once
+    processing_utils.async_ssrf_protected_download = refuse_later
+    processing_utils.ssrf_protected_download = refuse
+    processing_utils.save_url_to_cache = refuse
 
 
 def _free_port(host: str) -> int:
