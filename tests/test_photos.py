@@ -1,6 +1,7 @@
 """Photos as the model and the page see them, and the examples."""
 
 import io
+import os
 
 import numpy as np
 import PIL.Image
@@ -60,6 +61,32 @@ def test_a_broken_file_is_named_as_an_image_and_not_by_its_path(album, tmp_path)
     with pytest.raises(InputError, match="^image: not an image, or damaged") as error:
         album.read(path)
     assert str(tmp_path) not in str(error.value)
+
+
+def test_a_photo_that_has_gone_is_told_without_its_path(album, tmp_path):
+    with pytest.raises(InputError, match="^The photo is not there any more") as error:
+        album.read(tmp_path / "gone.png")
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_a_copy_is_whole_or_absent_and_young_when_it_is_used(
+    album, tmp_path, monkeypatch
+):
+    path = saved(tmp_path / "a.png", tiny.image(0))
+    save = PIL.Image.Image.save
+
+    def broken(image, file, *form, **how):
+        save(image, file, *form, **how)
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(PIL.Image.Image, "save", broken)
+        with pytest.raises(OSError):
+            album.read(path)
+    assert not list(tmp_path.glob("*.jpg"))
+    shown = album.read(path).shown
+    os.utime(shown, (1, 1))
+    assert album.read(path).shown == shown and os.stat(shown).st_mtime > 1
 
 
 def test_a_photo_of_too_many_pixels_is_refused_from_its_header(album, tmp_path):

@@ -6,20 +6,26 @@ import os
 import stat
 import threading
 import time
+import types
 from pathlib import Path
 
 import httpx
 import PIL.Image
 import pytest
 import tiny
+from gradio import processing_utils
 
 from benchmarks.web import API, KNOBS, Tab, answers, judged, photos, together, wanted
 from minigpt4_jax import compilations
 from minigpt4_jax.errors import InputError
 from minigpt4_jax.generator import Generator
+from minigpt4_jax.request import Event, Usage
 from minigpt4_jax.serving import photos as samples
 from minigpt4_jax.serving import site
+from minigpt4_jax.serving.desk import Desk
 from minigpt4_jax.serving.photos import Album
+from minigpt4_jax.serving.talks import Talks
+from minigpt4_jax.serving.turns import Conversation
 
 HERE = Path(__file__).resolve()
 LONG = 250  # tokens: an answer that does not end by itself while a test looks
@@ -263,12 +269,76 @@ def test_a_second_question_while_an_answer_comes_is_refused(opened, tab):
     assert len(answers(heard[-1])) == 1  # the first one goes on
 
 
+@pytest.fixture
+def desk(opened):
+    return Desk(Talks(opened.server), Album(tiny.CONFIG.vit, Path(opened.folder)), None)
+
+
+ME = types.SimpleNamespace(session_hash="me")
+
+
+def test_a_refused_question_leaves_its_words_and_the_stop_button(desk):
+    with desk.talks.turn("me"):
+        ((_, box, _),) = desk.ask(Conversation(), "Impatient?", None, *SETTINGS, ME)
+    assert box == {"value": "Impatient?", "__type__": "update"}
+
+
+def test_an_answer_stopped_before_its_first_word_is_taken_back(desk, monkeypatch):
+    spent = Usage(9, 0, 0.0, 1.0, 0)
+    stopped = [Event("a", finish_reason="cancelled", usage=spent)]
+    conversation = Conversation()
+    short = list((KNOBS | dict(max_tokens=3)).values())
+    list(desk.ask(conversation, "One?", None, *short, ME))
+    monkeypatch.setattr(Talks, "_events", lambda *_: iter(stopped))
+    *_, (messages, box, _) = desk.ask(conversation, "Two?", None, *SETTINGS, ME)
+    assert [turn.question for turn in conversation.turns] == ["One?"]
+    assert messages == conversation.shown()[0] and conversation.asked == 1
+    assert box["value"] == "Two?" and not box["stop_btn"]
+
+
+def test_the_warm_up_of_searches_ends_when_the_page_does():
+    ended, cancelled, submitted = threading.Event(), threading.Event(), []
+
+    def submit(requests):
+        submitted.extend(requests)
+        ended.set()  # in the middle of the first search
+        assert cancelled.wait(30)
+        return iter(())
+
+    def cancel(request_id):
+        if request_id == submitted[0].id:
+            cancelled.set()
+
+    model = types.SimpleNamespace(cfg=tiny.CONFIG)
+    fake = types.SimpleNamespace(model=model, submit=submit, cancel=cancel)
+    site.warm_searches(fake, ended)
+    assert len(submitted) == 1
+
+
 def test_a_full_line_is_told_in_friendly_words(opened, tab, monkeypatch):
     monkeypatch.setattr(opened.server, "_waiting", 0)
     # A server without room refuses n > waiting as wrong; as busy only a full line.
     monkeypatch.setattr(opened.server, "submit", _busy)
     with pytest.raises(RuntimeError, match="Many people are asking just now"):
         list(tab.ask("Why?"))
+
+
+@pytest.mark.parametrize("name", ["retry", "edit"])
+def test_a_refused_retry_or_edit_leaves_the_conversation_as_it_was(
+    opened, tab, monkeypatch, name
+):
+    for question in ("One?", "Two?", "Three?"):
+        *_, said = tab.ask(question, max_tokens=3)
+    event = {"index": 0, "value": "Other?", "previous_value": "One?"}
+    with monkeypatch.context() as full:
+        full.setattr(opened.server, "submit", _busy)
+        with pytest.raises(RuntimeError, match="Many people"):
+            list(tab.press(name, [None, *SETTINGS], event))
+    too_hot = [*SETTINGS[:1], -3, *SETTINGS[2:]]
+    with pytest.raises(RuntimeError):
+        list(tab.press(name, [None, *too_hot], event))
+    *_, more = tab.ask("Four?", max_tokens=3)
+    assert more[: len(said)] == said and len(answers(more)) == 4
 
 
 def _busy(_):
@@ -381,16 +451,44 @@ def test_no_payload_makes_a_file_of_the_machine_a_photo(opened, tab, tmp_path, k
         },
         "data": {"path": None, "url": f"data:text/plain,{secret}", "meta": meta},
     }[key]
+
+    def asked():
+        return list(tab.ask("Why?", max_tokens=3))
+
+    def looked():
+        return list(tab.values("look", [tab.photo]))
+
+    tab.upload(png())  # what a photo of one's own gives
+    assert "<photo>" in json.dumps(asked()) and "file=" in json.dumps(looked())
+    tab.call("reset", [None])
     tab.photo = fake
-    for call in (
-        lambda: list(tab.ask("Why?", max_tokens=3)),
-        lambda: list(tab.values("look", [fake])),
-    ):
+    for call in (asked, looked):
         try:
             found = json.dumps(call())
         except (RuntimeError, httpx.HTTPStatusError):
             continue
         assert "<photo>" not in found and "file=" not in found
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_address_is_fetched_for_anybody(tab, monkeypatch, scheme):
+    asked = []
+
+    async def get(url, *_, **__):
+        asked.append(url)
+        return httpx.Response(200, content=png())
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
+    meta = {"_type": "gradio.FileData"}
+    address = {"path": f"{scheme}://8.8.8.8/a.png", "meta": meta}
+    for name, data in (
+        ("ask", [None, "Why?", address, *SETTINGS]),
+        ("ask", [None, address, None, *SETTINGS]),
+        ("look", [address]),
+    ):
+        with pytest.raises(RuntimeError, match="addresses are not fetched"):
+            list(tab.values(name, data))
+    assert not asked
 
 
 def test_an_upload_lands_in_the_sites_own_folder_whatever_it_is_called(opened, tab):

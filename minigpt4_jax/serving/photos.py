@@ -6,7 +6,9 @@ Also the example photos, with questions and credits.
 import dataclasses
 import hashlib
 import json
+import os
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from minigpt4_jax.data.images import PixelRules, read_image, squash
+from minigpt4_jax.errors import InputError
 
 FOLDER = Path(__file__).parent.parent / "assets/photos"
 QUESTIONS = {
@@ -60,16 +63,26 @@ class Album:
 
     def read(self, path: str | Path) -> Photo:
         """A photo out of a file of any kind; raises InputError in words for its owner."""
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except OSError:  # its text has the path, which is of this machine
+            raise InputError(
+                "The photo is not there any more; show it again."
+            ) from None
         key = hashlib.sha256(data).hexdigest()
         with self._decoding:
             # From bytes, so that an error does not name a path of this machine.
             image_HWC = read_image(data, MAX_PIXELS)
             shown = self._folder / f"{key[:32]}.jpg"
-            if not shown.exists():
+            try:
+                os.utime(shown)  # young again for whoever deletes old files
+            except FileNotFoundError:
                 copy = Image.fromarray(image_HWC)
                 copy.thumbnail((LONG_SIDE, LONG_SIDE))
-                copy.save(shown, quality=88)
+                # Renamed when whole: another session may look for the same photo.
+                part = shown.with_suffix(f".{uuid.uuid4().hex}.part")
+                copy.save(part, "JPEG", quality=88)
+                part.replace(shown)
             return Photo(squash(image_HWC, self._rules), str(shown), key)
 
 

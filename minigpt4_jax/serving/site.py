@@ -6,7 +6,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
+from gradio import processing_utils
 from starlette.middleware import Middleware
 from uvicorn.config import LOGGING_CONFIG
 
@@ -54,6 +56,7 @@ class Site:
         auth: tuple[str, str] | None = None,
         share: bool = False,
     ):
+        _fetch_nothing()
         gaze = None if generator.model.qformer is None else Gaze(generator.model)
         # A folder for nobody else: uploads of other programs that use Gradio lie in one
         # that all of them would serve.
@@ -145,10 +148,46 @@ def warm_searches(generator: Generator, ended: threading.Event) -> None:
     """
     size = generator.model.cfg.vit.image_size
     message = user("What is in this photo?", np.zeros((size, size, 3), np.uint8))
-    for beams in range(2, 1 + layout.MOST_BEAMS):
-        if ended.is_set():
-            return
-        list(generator.submit([Request([message], Sampling(num_beams=beams))]))
+    # As many tokens as the page asks for: fewer would compile other shapes.
+    requests = [
+        Request([message], Sampling(num_beams=beams))
+        for beams in range(2, 1 + layout.MOST_BEAMS)
+    ]
+    done = threading.Event()
+
+    def watch() -> None:
+        """A search has no event before its last, so it is ended from beside it."""
+        while not done.wait(0.1):
+            if ended.is_set():
+                for request in requests:
+                    generator.cancel(request.id)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for request in requests:
+            if ended.is_set():
+                return
+            list(generator.submit([request]))
+    finally:
+        done.set()
+
+
+def _fetch_nothing() -> None:
+    """Keep Gradio from downloading the address that a visitor gives for a file.
+
+    It would take any public one, of any size, from this machine.
+    """
+
+    def refuse(url: str, cache_dir: str) -> str:
+        sentence = "Upload the file: addresses are not fetched."
+        raise gr.Error(sentence, print_exception=False)
+
+    async def refuse_later(url: str, cache_dir: str) -> str:
+        return refuse(url, cache_dir)
+
+    processing_utils.async_ssrf_protected_download = refuse_later
+    processing_utils.ssrf_protected_download = refuse
+    processing_utils.save_url_to_cache = refuse
 
 
 def _free_port(host: str) -> int:

@@ -27,8 +27,8 @@ class Conversation:
     """Turns in order; the last one may be waiting for its answer.
 
     Attributes:
-        asked: questions asked so far, repeated ones included, so that no two answers
-            are drawn from one seed.
+        asked: questions asked since it was cleared, repeated ones included, so that no
+            two answers are drawn from one seed.
     """
 
     def __init__(self) -> None:
@@ -61,13 +61,26 @@ class Conversation:
         self.asked += 1
         return turn
 
-    def take_back(self, index: int) -> Turn:
-        """Forget the turn of that index and all after it; InputError if there is none."""
+    def at(self, index: int) -> Turn:
+        """The turn of that index; InputError if there is none."""
         if not 0 <= index < len(self.turns):
             raise InputError("That message is not part of this conversation any more.")
-        turn = self.turns[index]
+        return self.turns[index]
+
+    def take_back(self, index: int) -> Turn:
+        """Forget the turn of that index and all after it; InputError if there is none."""
+        turn = self.at(index)
         del self.turns[index:]
         return turn
+
+    def restore(self, turns: list[Turn], asked: int) -> None:
+        """Be as it was when it had these."""
+        self.turns[:] = turns
+        self.asked = asked
+
+    def clear(self) -> None:
+        """Begin anew, also with the seeds: a new chat can repeat an answer."""
+        self.restore([], 0)
 
     def request(self, sampling: Sampling, seed: int) -> Request:
         """What the model is asked: all turns, the last of which waits for its answer."""
