@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Makes its terminal the controlling one, so that Ctrl-C becomes a signal.
 OWN_TERMINAL = """
-import codecs
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker of tests may ignore it
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execvp(sys.argv[1], sys.argv[1:])
@@ -51,7 +51,7 @@ class Terminal:
         self.process.wait()
         os.close(self.master)
 
-    def wait_for(self, pattern: str, seconds: float = 200) -> str:
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """What came up to and with the pattern, which is then forgotten."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):

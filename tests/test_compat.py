@@ -284,23 +284,6 @@ def test_drawn_beams_are_those_of_the_original_with_the_same_noise(pair, monkeyp
     assert len(found) > 1
 
 
-def test_beams_stop_when_all_of_them_end_in_a_stop_of_the_chat(pair, monkeypatch):
-    request = ask(sampling=greedy(num_beams=2), compat="reference")
-    reference_rules(monkeypatch)
-    vocabulary = pair[0].model.cfg.llama.vocab_size
-    for every in (2, 3, 5):  # tokens that do not stop, so that at times both beams do
-        stops = tuple((t,) for t in range(vocabulary) if t % every)
-        rules = reference_rules(monkeypatch, stops=((999, 998), *stops))
-        ids, score = original_search(pair, request, rules)
-        (event,) = pair[0].submit([request])
-        assert list(event.ids) == ids
-        assert event.score == pytest.approx(score, rel=1e-5)
-        if len(ids) < COUNT:
-            assert event.finish_reason == "stop"
-            return
-    raise AssertionError("no tokens end both beams at once; take another seed")
-
-
 def test_what_does_not_fit_is_cut_from_the_left_with_its_image(pair, monkeypatch):
     """Here through the image: one of its 3 slots is left."""
     engine, _ = pair

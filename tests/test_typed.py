@@ -100,7 +100,9 @@ def test_ctrl_c_throws_away_what_was_begun_and_ctrl_d_ends(tmp_path):
         terminal.wait_for("> ")
         terminal.type('"""begun')
         terminal.wait_for("[.] ")
-        terminal.press("more" + CTRL_C)
+        terminal.press("more")
+        terminal.wait_for("more")  # else it may come before there is a line
+        terminal.press(CTRL_C)
         terminal.wait_for("interrupted\r\n.*> ")
         terminal.type("anew")
         terminal.wait_for("got 'anew'")
