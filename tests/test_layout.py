@@ -254,7 +254,11 @@ ROOMS = (
         r"minigpt4_jax\.(diagnosis|progress|sharding|step|task)",
     ),
     (r"minigpt4_jax/serving/gate", set(), r""),
-    (r"minigpt4_jax/serving/photos", {"numpy", "PIL"}, r"minigpt4_jax\.data\.images"),
+    (
+        r"minigpt4_jax/serving/photos",
+        {"numpy", "PIL"},
+        rf"{ERRORS}|minigpt4_jax\.data\.images",
+    ),
     (r"minigpt4_jax/serving/turns", set(), rf"{ERRORS}|{REQUEST}|{SERVING}"),
     (
         r"minigpt4_jax/serving/talks",
@@ -263,7 +267,7 @@ ROOMS = (
     ),
     (
         r"minigpt4_jax/serving/(desk|layout|site)",  # the only ones that know Gradio
-        {"gradio", "numpy", "starlette"},
+        {"gradio", "numpy", "starlette", "uvicorn"},
         rf"{ERRORS}|{REQUEST}|{SERVING}|minigpt4_jax\.data\.images|"
         r"minigpt4_jax\.(gaze|generator|loop)",
     ),
