@@ -139,8 +139,8 @@ def test_a_plain_install_needs_what_the_package_imports_and_no_more(wheel):
     train, data, serve = (
         set(requirements(wheel, extra)) for extra in ("train", "data", "serve")
     )
-    # wandb is used where it is; array_record comes with grain, starlette with gradio.
-    others = {"wandb", "array-record", "starlette"}
+    # wandb is used where it is; array_record comes with grain, starlette and uvicorn with gradio.
+    others = {"wandb", "array-record", "starlette", "uvicorn"}
     assert needed - train - data - serve - others == set(requirements(wheel, None))
     assert serve <= needed & set(requirements(wheel, "test"))
     assert train < data < needed | {"img2dataset"}
