@@ -29,8 +29,12 @@ web: $(VENV)/.web
 	@$(BIN)/python -m convert demo
 	@$(BIN)/python -m minigpt4_jax.web
 
+# Programs of tests are compiled more often than run: a fifth of the time. `make test-all`
+# compiles them as users do.
+FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=20
+	$(FAST) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
 test-all: lint $(VENV)/.tpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20

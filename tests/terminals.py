@@ -67,6 +67,19 @@ class Terminal:
         text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
+    def interrupt(self, pattern: str, seconds: float = 60) -> str:
+        """Ctrl-C and what then came; once more where readline did not hear it.
+
+        It does not where the signal comes before it waits for keys: Python then sees
+        it with the next key or signal, and raises KeyboardInterrupt once.
+        """
+        self.press(CTRL_C)
+        try:
+            return self.wait_for(pattern, seconds=5)
+        except AssertionError:
+            self.press(CTRL_C)
+            return self.wait_for(pattern, seconds)
+
     def press(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
@@ -76,3 +89,12 @@ class Terminal:
     def ended(self, seconds: float = 60) -> int:
         """The exit code, once it has come."""
         return self.process.wait(seconds)
+
+    def interrupted(self) -> int:
+        """The exit code after a Ctrl-C at the prompt; as in `interrupt`."""
+        self.press(CTRL_C)
+        try:
+            return self.ended(5)
+        except subprocess.TimeoutExpired:
+            self.press(CTRL_C)
+            return self.ended()

@@ -21,15 +21,6 @@ ROOT = Path(__file__).parent.parent
 TOLD = r"First token after [\d.]+ s, [\d.]+ tokens/s \(\d tokens\)\."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs():
-    """What one command of this file compiles, the next one need not."""
-    name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name, "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("chat")
@@ -83,16 +74,13 @@ def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_chat(arguments):
         terminal.wait_for(r"(?s)here.{60}")
         terminal.press(CTRL_C)
         terminal.wait_for(r"Stopped\.[^>]*> ")
-        terminal.press(CTRL_C)
-        terminal.wait_for("Ctrl-C again[^>]*> ")
+        terminal.interrupt("Ctrl-C again[^>]*> ")
         terminal.type("/reset")  # so that it is no second one in a row
         terminal.wait_for("Forgotten[^>]*> ")
         terminal.press(3 * UP + "\n")
         terminal.wait_for(r"(?s)What is\n?.*\. ")
-        terminal.press(CTRL_C)  # in the middle of a text
-        terminal.wait_for("Ctrl-C again[^>]*> ")
-        terminal.press(CTRL_C)
-        assert terminal.ended() == 0
+        terminal.interrupt("Ctrl-C again[^>]*> ")  # in the middle of a text
+        assert terminal.interrupted() == 0
 
 
 def test_ctrl_c_ends_a_single_answer_with_exit_code_130(arguments):

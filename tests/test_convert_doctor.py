@@ -302,6 +302,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_looks_at_real_files_and_exits_with_what_it_found(files, tmp_path):
     paths, preset = files
     good = run("--preset", preset, *paths.values())

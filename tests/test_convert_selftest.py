@@ -29,6 +29,7 @@ def linked(directory: Path, path: Path, template: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_decoder_that_does_not_know_its_template_is_flagged(demo_directory, tmp_path):
     """As a base LLaMA, or Vicuna v1.1, under the template of v0."""
     found = results(linked(demo_directory, tmp_path / "v0", "vicuna_v0"))

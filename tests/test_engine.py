@@ -399,6 +399,7 @@ def test_one_long_answer_keeps_no_one_waiting(engine):
     assert ended[-1] == "long"
 
 
+@pytest.mark.slow
 def test_drafts_change_no_answer(engine):
     guessing = Engine(engine.model, tiny.tokenizer(), slots=4, chunk=3, drafts=3)
     requests = [

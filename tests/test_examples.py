@@ -30,6 +30,7 @@ def test_attention_maps_are_drawn_beside_the_photo(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("on the class token") == 3
 
 
+@pytest.mark.slow
 def test_a_convolutional_tower_is_seen_by_the_decoder_and_trains():
     model = replace_tower.build(TINY, rngs=nnx.Rngs(0))
 

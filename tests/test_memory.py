@@ -83,7 +83,7 @@ def test_the_formula_holds_for_what_is_compiled():
         need = memory.needs(config, DTypes(), how, tokens=512)
         read, seen = _temporaries(config, how, tokens=512)
         assert 0.5 * need.activations < read < need.activations
-        assert 0.5 * need.images < seen < need.images
+        assert 0.3 * need.images < seen < need.images
 
 
 def _temporaries(config, how: Quantisation, tokens: int) -> tuple[int, int]:

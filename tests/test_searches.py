@@ -173,6 +173,7 @@ def test_a_search_that_is_cancelled_while_it_is_read_leaves_room_for_the_next(en
     assert reasons == {"search": "cancelled", "next": "length"}
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up_for_searches_and_scores(engine):
     gen = Generator(engine.model, engine.tokenizer, batch_size=4, chunk=3)
     assert gen.warm_up(60, beams=(2,), scores=True) > 0

@@ -25,21 +25,6 @@ SPEED = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of this file share their compiled programs on disk."""
-    knobs = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in knobs}
-    for name, value in knobs.items():
-        jax.config.update(name, value)
-    yield knobs
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A frozen model and photos."""
@@ -195,6 +180,7 @@ def short(chain, run_name: str, **changes) -> list[float]:
     return [record["loss"] for record in metrics(chain / run_name)]
 
 
+@pytest.mark.slow
 def test_a_run_over_an_int8_decoder_learns_and_its_resumed_one_is_the_unbroken_one(
     chain, monkeypatch
 ):
@@ -222,6 +208,7 @@ def test_a_run_over_an_int8_decoder_learns_and_its_resumed_one_is_the_unbroken_o
         run(chain, cfg, "int8-stopped")
 
 
+@pytest.mark.slow
 def test_runs_without_kept_features_packed_or_in_parts_learn_the_same(chain):
     """The same content in another form: only sums in another order."""
     want = short(chain, "plain")
@@ -251,6 +238,7 @@ def test_steps_that_stay_broken_end_the_run_and_their_batches_are_kept(chain):
     assert len(kept) == 2 and "0/ids_RT" in np.load(kept[0])
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_breaks_off_and_is_resumed(folder, monkeypatch):
     log = workdir.WorkDir.log
 

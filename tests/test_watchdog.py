@@ -366,6 +366,7 @@ def test_a_training_ends_with_a_process_that_does_not_go_on(
         assert "process 1 (" in said[0] and "; the others are after step" in said[0]
 
 
+@pytest.mark.slow
 def test_a_training_of_one_process_that_is_stuck_ends_and_goes_on(folder, tmp_path):
     path = tmp_path / "run"
     (code,), (said,), passed = train(path, folder, 0, "stuck", 4, of=1)

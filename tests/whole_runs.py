@@ -32,11 +32,9 @@ def run(
         eval_every=4,
         row__packed=450,
         loader__workers=2,
+        loader__prefetch=1,  # so that a worker has not made all of its batches at once
         loader__limit_s=5,
     )
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     look = train.Guard.look
 
     def hurt(self, step, *args):
